@@ -1,0 +1,94 @@
+"""One record per operator; it feeds the op tests, opcheck, the benchmarks and ``python -m``.
+
+A new operator is tested and timed because its file ends in ``SPEC = OpSpec(...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Keyword arguments of one call of the public function, and why this shape is worth a test."""
+
+    inputs: Inputs
+    why: str
+
+
+class Maker:
+    """Makes the tensors of samples: one device, one floating dtype, one seed.
+
+    Values are drawn in float64 and then rounded, so all dtypes and devices see the same case.
+    """
+
+    def __init__(self, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0):
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _put(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.device)
+
+    def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale
+        return self._put(x.to(self.dtype))
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+        x = torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low
+        return self._put(x.to(self.dtype))
+
+    def integers(self, high: int, *shape: int) -> torch.Tensor:
+        return self._put(torch.randint(high, shape, generator=self.generator))
+
+    def mask(self, *shape: int, keep: float = 0.8) -> torch.Tensor:
+        return self._put(torch.rand(shape, generator=self.generator) < keep)
+
+    def tensor(self, values: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._put(torch.tensor(values, dtype=dtype or self.dtype))
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What the tests and benchmarks need to know of one operator.
+
+    Attributes:
+        name: the public function's name; also the stem of its files.
+        function: the public function. Its ``backend="reference"`` is the specification, and with
+            float64 inputs the truth.
+        samples: Maker -> small calls that together cover the arguments.
+        bench: Maker -> the calls that are timed.
+        differentiable: names of the arguments that may require a gradient; the first output is
+            differentiated.
+        bytes_forward: least traffic of a forward call in bytes (each input read once, each output
+            written once).
+        bytes_backward: least traffic of forward and backward together.
+        atol: absolute error allowed beside twice the error of the plain formula, float32.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    samples: Callable[[Maker], Iterator[Sample]]
+    bench: Callable[[Maker], Iterator[Sample]]
+    differentiable: tuple[str, ...] = ()
+    bytes_forward: Callable[[Inputs], int] = field(default=lambda inputs: total_bytes(inputs))
+    bytes_backward: Callable[[Inputs], int] = field(default=lambda inputs: 2 * total_bytes(inputs))
+    atol: float = 1e-6
+    dtypes: tuple[torch.dtype, ...] = (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    )
+    backends: tuple[str, ...] = ("reference", "cpu")
+
+
+def total_bytes(inputs: Inputs) -> int:
+    """Bytes of all tensors among the inputs."""
+    tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
+    return sum(x.numel() * x.element_size() for x in tensors)
