@@ -22,36 +22,42 @@ using torch::stable::Tensor;
 
 // Declares the kernel `name(const Args&, begin, end)` of every level; RK_KERNEL(name) picks one.
 #if defined(__x86_64__)
-#define RK_DECLARE(name, Args)                         \
-  namespace avx512 {                                   \
-  void name(const Args&, int64_t begin, int64_t end);  \
-  }                                                    \
-  namespace avx2 {                                     \
-  void name(const Args&, int64_t begin, int64_t end);  \
-  }                                                    \
-  namespace baseline {                                 \
-  void name(const Args&, int64_t begin, int64_t end);  \
+#define RK_DECLARE(name, Args)                        \
+  namespace avx512 {                                  \
+  void name(const Args&, int64_t begin, int64_t end); \
+  }                                                   \
+  namespace avx2 {                                    \
+  void name(const Args&, int64_t begin, int64_t end); \
+  }                                                   \
+  namespace baseline {                                \
+  void name(const Args&, int64_t begin, int64_t end); \
   }
 #else
-#define RK_DECLARE(name, Args)                         \
-  namespace baseline {                                 \
-  void name(const Args&, int64_t begin, int64_t end);  \
+#define RK_DECLARE(name, Args)                        \
+  namespace baseline {                                \
+  void name(const Args&, int64_t begin, int64_t end); \
   }
 #endif
 
 inline DType dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: throw std::invalid_argument(std::string(name) + ": expected a floating dtype");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      throw std::invalid_argument(std::string(name) + ": expected a floating dtype");
   }
 }
 
-// Accumulation and outputs: float32, float64 for float64 input.
-inline ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// Accumulation and outputs: float32, float64 where an input is float64.
+template <class... Tensors>
+inline ScalarType accumulation_type(const Tensors&... x) {
+  return ((x.scalar_type() == ScalarType::Double) || ...) ? ScalarType::Double : ScalarType::Float;
 }
 
 inline void check_rows(const Tensor& x, const char* name) {
@@ -89,8 +95,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
   }
   AtenTensorHandle handle;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides.data(), code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {
@@ -100,7 +106,8 @@ inline Tensor empty_as(const Tensor& shape_of, ScalarType type) {
   return empty(shape_of.sizes().data(), shape_of.dim(), type);
 }
 
-// A contiguous tensor of the wanted type: for (B, T)-sized tensors only, never a vocabulary-sized one.
+// A contiguous tensor of the wanted type: for (B, T)-sized tensors only, never a vocabulary-sized
+// one.
 inline Tensor dense(const Tensor& x, ScalarType type) {
   Tensor y = x.scalar_type() == type ? x : torch::stable::to(x, type);
   return y.is_contiguous() ? y : torch::stable::contiguous(y);
@@ -119,8 +126,9 @@ inline Tensor checked_offsets(const Tensor& x, int64_t end, const char* name) {
   if (good) return y;
   std::string got = "[";
   for (int64_t i = 0; i < n; ++i) got += (i ? ", " : "") + std::to_string(p[i]);
-  throw std::invalid_argument(std::string(name) + ": expected offsets that start at 0, never fall " +
-                              "and end at " + std::to_string(end) + ", got " + got + "]");
+  throw std::invalid_argument(std::string(name) +
+                              ": expected offsets that start at 0, never fall " + "and end at " +
+                              std::to_string(end) + ", got " + got + "]");
 }
 
 inline void check_tokens(const Tensor& tokens, int64_t vocab, int64_t ignore_index) {
@@ -147,6 +155,11 @@ inline void check_temperature(const std::optional<Tensor>& temperature) {
       throw std::invalid_argument("temperature: expected finite numbers > 0, got " +
                                   std::to_string(t) + " in row " + std::to_string(i));
   }
+}
+
+// A number rounded as a tensor argument would be, so that both give the same bits.
+inline double number_in(double x, DType dtype) {
+  return dtype == DType::f64 ? x : static_cast<double>(static_cast<float>(x));
 }
 
 // A thread is worth starting for some 32 K elements.

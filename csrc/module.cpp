@@ -9,7 +9,8 @@ using namespace pybind11::literals;
 
 static py::dict build_info() {
   return py::dict("version"_a = RK_VERSION, "compiler"_a = RK_COMPILER, "flags"_a = RK_FLAGS,
-                  "simd_levels"_a = RK_LEVELS, "simd"_a = rlhf_kernels::level_name(rlhf_kernels::level()),
+                  "simd_levels"_a = RK_LEVELS,
+                  "simd"_a = rlhf_kernels::level_name(rlhf_kernels::level()),
                   "cuda_architectures"_a = RK_CUDA_ARCHITECTURES, "stable_abi"_a = RK_STABLE_ABI);
 }
 

@@ -1,4 +1,5 @@
-// Which SIMD level runs: the best that the processor has, or the one RLHF_KERNELS_SIMD names (tests).
+// Which SIMD level runs: the best that the processor has, or the one RLHF_KERNELS_SIMD names
+// (tests).
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -36,9 +37,9 @@ inline Level level() {
 
 // RK_KERNEL(f): the function f of the namespace of the level in use.
 #if defined(__x86_64__)
-#define RK_KERNEL(f)                                                         \
-  (::rlhf_kernels::level() == ::rlhf_kernels::Level::avx512 ? avx512::f      \
-   : ::rlhf_kernels::level() == ::rlhf_kernels::Level::avx2 ? avx2::f        \
+#define RK_KERNEL(f)                                                    \
+  (::rlhf_kernels::level() == ::rlhf_kernels::Level::avx512 ? avx512::f \
+   : ::rlhf_kernels::level() == ::rlhf_kernels::Level::avx2 ? avx2::f   \
                                                             : baseline::f)
 #else
 #define RK_KERNEL(f) (baseline::f)

@@ -2,6 +2,7 @@
 //
 // Written on the compilers' vector extension (GCC, Clang: x86, Arm, ...): the widths differ between
 // the levels, the code does not. The few intrinsics are what the extension cannot say.
+// Included first, before any formula (see below why).
 // No torch and no STL here or in any kernel: see csrc/math/scalar.h on weak symbols.
 #pragma once
 #include <cstdint>
@@ -74,23 +75,16 @@ struct Compute<double> {
 
 template <>
 struct Splat<RK_SIMD::vfloat> {
-  RK_HD RK_SIMD::vfloat of(double x) {
-    return RK_SIMD::vfloat{} + static_cast<float>(x);
-  }
+  RK_HD RK_SIMD::vfloat of(double x) { return RK_SIMD::vfloat{} + static_cast<float>(x); }
 };
 
-namespace RK_SIMD {
-
-// Overloads for scalars come from the enclosing namespace; these add the vector to the set.
-using rlhf_kernels::abs;
-using rlhf_kernels::any;
-using rlhf_kernels::exp;
-using rlhf_kernels::expm1;
-using rlhf_kernels::fma;
-using rlhf_kernels::log1p;
-using rlhf_kernels::max;
-using rlhf_kernels::min;
-using rlhf_kernels::select;
+// These overloads stand beside the scalar ones, and before any formula is read: built-in vector types
+// have no namespace of their own in which a template would look for them later.
+using RK_SIMD::kLanes;
+using RK_SIMD::vfloat;
+using RK_SIMD::vint;
+using RK_SIMD::vshort;
+using RK_SIMD::vuint;
 
 RK_HD vfloat select(vint condition, vfloat a, vfloat b) { return condition ? a : b; }
 RK_HD bool any(vint condition) {
@@ -119,7 +113,8 @@ RK_HD vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
 
 RK_HD vfloat abs(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 
-// ---- loads and stores ------------------------------------------------------------------------------
+// ---- loads and stores
+// ------------------------------------------------------------------------------
 
 RK_HD float to_float(float x) { return x; }
 RK_HD double to_float(double x) { return x; }
@@ -189,7 +184,8 @@ RK_HD void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 RK_HD void store(bf16* p, vfloat v) {
   const vuint u = (vuint)v;
   const vuint rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const vshort s = __builtin_convertvector((vuint)((v != v) ? (vint)(vuint{} + 0x7fc0u) : (vint)rounded), vshort);
+  const vshort s = __builtin_convertvector(
+      (vuint)((v != v) ? (vint)(vuint{} + 0x7fc0u) : (vint)rounded), vshort);
   std::memcpy(p, &s, sizeof s);
 }
 RK_HD void store(f16* p, vfloat v) {
@@ -197,7 +193,8 @@ RK_HD void store(f16* p, vfloat v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(RK_SIMD_avx2)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) from_float(p + i, v[i]);
 #endif
@@ -216,7 +213,8 @@ RK_HD vint load_mask(const bool* p, int n, vfloat) {
   return m;
 }
 
-// ---- reductions over the lanes, in a fixed order ------------------------------------------------------
+// ---- reductions over the lanes, in a fixed order
+// ------------------------------------------------------
 
 RK_HD double sum_lanes(double x) { return x; }
 RK_HD double sum_lanes(vfloat v) {
@@ -231,7 +229,8 @@ RK_HD float max_lanes(vfloat v) {  // a NaN may get lost: whoever needs it finds
   return m;
 }
 
-// ---- exp, expm1, log, log1p --------------------------------------------------------------------------
+// ---- exp, expm1, log, log1p
+// --------------------------------------------------------------------------
 
 // e^r = 1 + r + r^2 q(r) on |r| <= ln 2 / 2; q fitted for the least relative error of e^r: 3.1e-9.
 RK_HD vfloat exp_q(vfloat r) {
@@ -281,7 +280,8 @@ RK_HD vfloat expm1(vfloat x) {
   return select(abs(x) < 0.34f, fma(x * x, exp_q(x), x), exp(x) - 1.0f);
 }
 
-// log u for normal u > 0: u = 2^k m, m in [sqrt 1/2, sqrt 2); log m = 2 atanh f, f = (m - 1) / (m + 1).
+// log u for normal u > 0: u = 2^k m, m in [sqrt 1/2, sqrt 2); log m = 2 atanh f, f = (m - 1) / (m +
+// 1).
 RK_HD vfloat log_positive(vfloat u) {
   const vint k = ((vint)u - 0x3f3504f3) >> 23;
   const vfloat m = (vfloat)((vint)u - (k << 23));
@@ -300,7 +300,6 @@ RK_HD vfloat log1p(vfloat x) {
   return log_positive(u) + (x - (u - 1.0f)) / u;
 }
 
-}  // namespace RK_SIMD
 }  // namespace rlhf_kernels
 
 // The number of elements in one step of a loop over n elements at i.
@@ -309,10 +308,14 @@ RK_HD vfloat log1p(vfloat x) {
 #define RK_INLINE __attribute__((always_inline))
 
 // function<T>(args...) for the stored type T that `dtype` names
-#define RK_SWITCH(dtype, function, ...)                 \
-  switch (dtype) {                                      \
-    case DType::f32: return function<float>(__VA_ARGS__); \
-    case DType::f64: return function<double>(__VA_ARGS__); \
-    case DType::bf16: return function<bf16>(__VA_ARGS__); \
-    case DType::f16: return function<f16>(__VA_ARGS__);  \
+#define RK_SWITCH(dtype, function, ...)     \
+  switch (dtype) {                          \
+    case DType::f32:                        \
+      return function<float>(__VA_ARGS__);  \
+    case DType::f64:                        \
+      return function<double>(__VA_ARGS__); \
+    case DType::bf16:                       \
+      return function<bf16>(__VA_ARGS__);   \
+    case DType::f16:                        \
+      return function<f16>(__VA_ARGS__);    \
   }

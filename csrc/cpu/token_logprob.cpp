@@ -39,8 +39,9 @@ static void forward(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
     double log_sum = 0, scale = 1;
     const T* z = static_cast<const T*>(a.logits) + row_offset(a.logit_rows, row);
     if (used) {  // an ignored row is not read
-      scale = 1 / (a.temperature ? double(static_cast<const A*>(a.temperature)[row]) : a.temperature_value);
-      s = a.entropy ? softmax_row<true>(z, a.vocab, A(scale)) : softmax_row<false>(z, a.vocab, A(scale));
+      scale = 1 / (a.temperature ? double(static_cast<const A*>(a.temperature)[row])
+                                 : a.temperature_value);
+      s = a.entropy ? softmax_row<true>(z, a.vocab, scale) : softmax_row<false>(z, a.vocab, scale);
       log_sum = ::log(s.sum);
     }
     for (int64_t k = 0; k < a.per_row; ++k)
@@ -49,27 +50,22 @@ static void forward(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
                        : A((double(to_float(z[tokens[k]])) - s.max) * scale - log_sum);
     static_cast<A*>(a.row_max)[row] = A(s.max);
     static_cast<A*>(a.log_sum)[row] = A(log_sum);
-    if (a.entropy) static_cast<A*>(a.entropy)[row] = A(log_sum - s.dot / s.sum);
+    if (a.entropy) static_cast<A*>(a.entropy)[row] = A(entropy_of(s, log_sum));
   }
 }
 
-// grad[v] = -p (G + h (log p + H)) / temperature, for all v but the targets; G is the sum of the
-// upstream gradients of the row's tokens and h that of its entropy H.
+// The gradient of every logit as if none were a target.
 template <bool kEntropy, class T, class A>
 static void backward_row(const T* z, T* grad, int64_t vocab, A max, A scale, A log_sum, A total,
                          A grad_entropy, A entropy) {
   using V = typename Compute<T>::V;
   const V shift = splat<V>(max), unit = splat<V>(scale), base = splat<V>(log_sum);
-  const V all = splat<V>(-total * scale), h = splat<V>(-grad_entropy * scale), H = splat<V>(entropy);
-  const auto gradient = [&](V logit) RK_INLINE {
-    const V log_p = (logit - shift) * unit - base, p = exp_flush(log_p);
-    if constexpr (!kEntropy) return p * all;
-    return p * fma(h, at_least(log_p, -1000.0) + H, all);  // p = 0: the term is 0, not 0 * inf
-  };
-  int64_t v = 0;
-  for (; v + lanes<V> <= vocab; v += lanes<V>) store(grad + v, gradient(load(z + v)));
-  if (const int n = static_cast<int>(vocab - v); n > 0)
-    store(grad + v, gradient(load(z + v, n, -__builtin_inff())), n);
+  const V G = splat<V>(total * scale), h = splat<V>(grad_entropy * scale), H = splat<V>(entropy);
+  for_each_vector<V>(vocab, [&](int, int64_t i, int n) RK_INLINE {
+    const V log_p = (load_logits(z + i, n) - shift) * unit - base, p = exp_flush(log_p);
+    const V g = kEntropy ? logit_gradient(p, log_p, G, h, H) : -p * G;
+    n == lanes<V> ? store(grad + i, g) : store(grad + i, g, n);
+  });
 }
 
 template <class T>
@@ -91,7 +87,8 @@ static void backward(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
       std::memset(static_cast<void*>(grad), 0, a.vocab * sizeof(T));
       continue;
     }
-    const A max = static_cast<const A*>(a.row_max)[row], log_sum = static_cast<const A*>(a.log_sum)[row];
+    const A max = static_cast<const A*>(a.row_max)[row],
+            log_sum = static_cast<const A*>(a.log_sum)[row];
     const double temperature =
         a.temperature ? double(static_cast<const A*>(a.temperature)[row]) : a.temperature_value;
     const double scale = 1 / temperature;
@@ -108,13 +105,13 @@ static void backward(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
       for (int64_t j = 0; upstream && j < a.per_row; ++j)
         if (tokens[j] == tokens[k]) own += upstream[row * a.per_row + j];
       const double logit = to_float(z[tokens[k]]);
-      const double log_p = (logit - max) * scale - log_sum, p = ::exp(log_p);
-      const double direct = -own * ::expm1(log_p) - (total - own) * p;
-      const double through_entropy = p > 0 ? -h * p * (log_p + entropy) : 0;
-      target[k] = logit == -__builtin_inf() ? 0 : (direct + through_entropy) * scale;
+      const double log_p = (logit - max) * scale - log_sum;
+      target[k] =
+          logit == -__builtin_inf() ? 0 : target_gradient(log_p, own, total, h, entropy) * scale;
     }
     if (a.grad_entropy)
-      backward_row<true, T, A>(z, grad, a.vocab, max, A(scale), log_sum, A(total), A(h), A(entropy));
+      backward_row<true, T, A>(z, grad, a.vocab, max, A(scale), log_sum, A(total), A(h),
+                               A(entropy));
     else
       backward_row<false, T, A>(z, grad, a.vocab, max, A(scale), log_sum, A(total), A(0), A(0));
     for (int64_t k = 0; k < a.per_row; ++k)
@@ -152,8 +149,7 @@ static TokenLogprobArgs token_logprob_args(const Tensor& logits, const Tensor& t
   a.tokens = static_cast<const int64_t*>(tokens.const_data_ptr());
   a.per_row = tokens.dim() == logits.dim() ? tokens.size(tokens.dim() - 1) : 1;
   a.temperature = data_or_null(temperature);
-  // Rounded like a temperature tensor would be, so that a number and a tensor give the same bits.
-  a.temperature_value = a.dtype == DType::f64 ? temperature_value : float(temperature_value);
+  a.temperature_value = number_in(temperature_value, a.dtype);
   a.ignore_index = ignore_index;
   return a;
 }
@@ -164,7 +160,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob_fwd(
   const ScalarType type = accumulation_type(logits);
   const Tensor tokens = dense(tokens_in, ScalarType::Long);
   const auto temperature = dense(temperature_in, type);
-  TokenLogprobArgs a = token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
+  TokenLogprobArgs a =
+      token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
   check_tokens(tokens, a.vocab, ignore_index);
   check_temperature(temperature);
   const int64_t dims = logits.dim() - 1;
@@ -176,9 +173,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob_fwd(
   a.row_max = row_max.mutable_data_ptr();
   a.log_sum = log_sum.mutable_data_ptr();
   a.entropy = with_entropy ? entropy.mutable_data_ptr() : nullptr;
-  torch::stable::parallel_for(0, row_max.numel(), rows_per_thread(a.vocab), [&](int64_t begin, int64_t end) {
-    RK_KERNEL(token_logprob_fwd_kernel)(a, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, row_max.numel(), rows_per_thread(a.vocab),
+      [&](int64_t begin, int64_t end) { RK_KERNEL(token_logprob_fwd_kernel)(a, begin, end); });
   return {logprob, entropy, row_max, log_sum};
 }
 
@@ -190,9 +187,11 @@ static void backward_into(const Tensor& grad_logits, const std::optional<Tensor>
   const ScalarType type = accumulation_type(logits);
   const Tensor tokens = dense(tokens_in, ScalarType::Long);
   const auto temperature = dense(temperature_in, type);
-  TokenLogprobArgs a = token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
+  TokenLogprobArgs a =
+      token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
   check_tokens(tokens, a.vocab, ignore_index);
-  const auto grad_logprob = dense(grad_logprob_in, type), grad_entropy = dense(grad_entropy_in, type);
+  const auto grad_logprob = dense(grad_logprob_in, type),
+             grad_entropy = dense(grad_entropy_in, type);
   const Tensor entropy = dense(entropy_in, type), row_max = dense(row_max_in, type);
   const Tensor log_sum = dense(log_sum_in, type);
   const Tensor scratch = empty({a.per_row > 1 ? tokens.numel() : 0}, ScalarType::Double);
@@ -204,16 +203,17 @@ static void backward_into(const Tensor& grad_logits, const std::optional<Tensor>
   a.grad_logits = grad_logits.mutable_data_ptr();
   a.grad_rows = row_strides(grad_logits, "logits");
   a.scratch = static_cast<double*>(scratch.mutable_data_ptr());
-  torch::stable::parallel_for(0, row_max.numel(), rows_per_thread(a.vocab), [&](int64_t begin, int64_t end) {
-    RK_KERNEL(token_logprob_bwd_kernel)(a, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, row_max.numel(), rows_per_thread(a.vocab),
+      [&](int64_t begin, int64_t end) { RK_KERNEL(token_logprob_bwd_kernel)(a, begin, end); });
 }
 
 static Tensor token_logprob_bwd(const std::optional<Tensor>& grad_logprob,
                                 const std::optional<Tensor>& grad_entropy, const Tensor& logits,
                                 const Tensor& tokens, const std::optional<Tensor>& temperature,
-                                double temperature_value, int64_t ignore_index, const Tensor& entropy,
-                                const Tensor& row_max, const Tensor& log_sum) {
+                                double temperature_value, int64_t ignore_index,
+                                const Tensor& entropy, const Tensor& row_max,
+                                const Tensor& log_sum) {
   Tensor grad_logits = empty_as(logits, logits.scalar_type());
   backward_into(grad_logits, grad_logprob, grad_entropy, logits, tokens, temperature,
                 temperature_value, ignore_index, entropy, row_max, log_sum);
@@ -224,8 +224,9 @@ static Tensor token_logprob_bwd(const std::optional<Tensor>& grad_logprob,
 static void token_logprob_bwd_(const std::optional<Tensor>& grad_logprob,
                                const std::optional<Tensor>& grad_entropy, const Tensor& logits,
                                const Tensor& tokens, const std::optional<Tensor>& temperature,
-                               double temperature_value, int64_t ignore_index, const Tensor& entropy,
-                               const Tensor& row_max, const Tensor& log_sum) {
+                               double temperature_value, int64_t ignore_index,
+                               const Tensor& entropy, const Tensor& row_max,
+                               const Tensor& log_sum) {
   backward_into(logits, grad_logprob, grad_entropy, logits, tokens, temperature, temperature_value,
                 ignore_index, entropy, row_max, log_sum);
 }

@@ -1,4 +1,5 @@
-// What the formulas in csrc/math are written with, for scalar values: select, fma, max, min, exp, ...
+// What the formulas in csrc/math are written with, for scalar values: select, fma, max, min, exp,
+// ...
 //
 // A formula is a template over its value type V: float or double here (and on the GPU), or a SIMD
 // vector of floats (csrc/cpu/simd.h gives the same names for it). So each formula exists once.
@@ -13,8 +14,9 @@
 #define RK_HD static inline __attribute__((always_inline))
 #endif
 
-// The namespace that formula headers open. Vector types have no namespace of their own to be looked up
-// in, so on the CPU a template has to stand where the overloads for them do: simd.h comes first there.
+// The namespace that formula headers open. Vector types have no namespace of their own to be looked
+// up in, so on the CPU a template has to stand where the overloads for them do: simd.h comes first
+// there.
 #if defined(RK_SIMD)
 #define RK_MATH rlhf_kernels::RK_SIMD
 #else
