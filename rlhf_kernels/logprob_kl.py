@@ -16,7 +16,7 @@ from rlhf_kernels.token_logprob import check_logits, check_range
 
 
 class LogprobKL(NamedTuple):
-    """Per token, in nats: log p(token), log q(token), KL(p || q) over the vocabulary, entropy of p."""
+    """Per token, in nats: log p(token), log q(token), KL(p || q) and the entropy of p."""
 
     logprob: Tensor
     ref_logprob: Tensor
@@ -37,24 +37,24 @@ def logprob_kl(
 
     KL(p || q) = sum_v p_v (log p_v - log q_v), exact over the vocabulary, with p = softmax(logits /
     temperature) and q likewise from ``ref_logits``. Where q = 0 < p it is +inf (and has no usable
-    gradient); where p = 0 that term is 0. ``logprob`` and ``entropy`` have the same bits as those of
-    ``token_logprob`` on the same backend.
+    gradient); where p = 0 that term is 0. ``logprob`` and ``entropy`` have the same bits as from
+    ``token_logprob`` on the same compiled backend.
 
     Args:
         logits: (..., V) bf16, fp16, fp32 or fp64, the policy; stride 1 in V. Never copied.
-        ref_logits: (..., V) of the same dtype, the reference: a constant, no gradient flows into it.
+        ref_logits: (..., V) of the same dtype, the reference: a constant without gradient.
         tokens: (...) int64.
         temperature: number > 0, or a tensor broadcastable to ``tokens.shape``; divides both logits.
         ignore_index: positions with this token give 0 everywhere and no gradient.
         backend: reference | cpu; None chooses (see rlhf_kernels.backend).
 
     Returns:
-        LogprobKL of (...) tensors, float32 (float64 for float64 logits); logprob, kl and entropy are
-        differentiable with respect to ``logits``.
+        LogprobKL of (...) tensors, float32 (float64 for float64 logits); logprob, kl and entropy
+        are differentiable with respect to ``logits``.
 
     Raises:
         IndexError: a token outside [0, V) that is not ``ignore_index`` (CPU tensors).
-        ValueError, TypeError: shapes, dtypes or values that do not fit, before anything is computed.
+        ValueError, TypeError: arguments that do not fit, before anything is computed.
     """
     temperature_tensor, temperature_value = check_logits(logits, tokens, temperature, ignore_index)
     if tokens.dim() == logits.dim():
@@ -174,7 +174,9 @@ def _samples(make: Maker) -> Iterator[Sample]:
     ignored[::2] = -100
     yield case("ignored positions", 257, 6, tokens=ignored)
     near = make.randn(4, 300, scale=2.0)
-    yield case("p close to q", 300, 4, logits=near, ref_logits=near + make.randn(4, 300, scale=0.01))
+    yield case(
+        "p close to q", 300, 4, logits=near, ref_logits=near + make.randn(4, 300, scale=0.01)
+    )
     banned = make.randn(3, 4200)
     banned[:, :2100] = -torch.inf  # the whole first block
     tokens = make.tensor([4199, 2100, 3000], torch.int64)

@@ -68,6 +68,7 @@ class OpSpec:
         bytes_forward: least traffic of a forward call in bytes (each input read once, each output
             written once).
         bytes_backward: least traffic of forward and backward together.
+        smooth: whether a call has no kink near its inputs, so that finite differences agree.
         atol: absolute error allowed beside twice the error of the plain formula, float32.
     """
 
@@ -78,6 +79,7 @@ class OpSpec:
     differentiable: tuple[str, ...] = ()
     bytes_forward: Callable[[Inputs], int] = field(default=lambda inputs: total_bytes(inputs))
     bytes_backward: Callable[[Inputs], int] = field(default=lambda inputs: 2 * total_bytes(inputs))
+    smooth: Callable[[Inputs], bool] = field(default=lambda inputs: True)
     atol: float = 1e-6
     dtypes: tuple[torch.dtype, ...] = (
         torch.bfloat16,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,28 @@ class TokenLogprob(NamedTuple):
     entropy: Tensor
 
 
+@overload
+def token_logprob(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    ignore_index: int = ...,
+    with_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def token_logprob(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    ignore_index: int = ...,
+    with_entropy: Literal[True],
+    inplace_backward: bool = ...,
+    backend: str | None = ...,
+) -> TokenLogprob: ...
 def token_logprob(
     logits: Tensor,
     tokens: Tensor,
@@ -50,13 +72,13 @@ def token_logprob(
         backend: reference | cpu; None chooses (see rlhf_kernels.backend).
 
     Returns:
-        logprob in the shape of ``tokens``, or ``TokenLogprob(logprob, entropy)`` with entropy (...);
+        logprob in the shape of ``tokens``, or ``TokenLogprob(logprob, entropy)``, entropy (...);
         float32 (float64 for float64 logits), both differentiable with respect to ``logits``.
 
     Raises:
         IndexError: a token outside [0, V) that is not ``ignore_index`` (CPU tensors; on CUDA that
             row is NaN).
-        ValueError, TypeError: shapes, dtypes or values that do not fit, before anything is computed.
+        ValueError, TypeError: arguments that do not fit, before anything is computed.
     """
     temperature_tensor, temperature_value = check_logits(logits, tokens, temperature, ignore_index)
     chosen = _backend.select("token_logprob", logits.device.type, backend)
@@ -114,10 +136,11 @@ def check_logits(
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf:
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and owner.requires_grad:
         raise ValueError(
-            "inplace_backward: expected logits computed by autograd, got a leaf, whose values would "
-            "be overwritten by its own gradient"
+            "inplace_backward: expected logits computed by autograd, got a leaf or a view of one, "
+            "whose values would be overwritten by its own gradient"
         )
     spans = sorted((s, n) for s, n in zip(logits.stride(), logits.shape, strict=True) if n > 1)
     end = 1
@@ -154,7 +177,7 @@ def token_logprob_reference(
 
 
 def check_range(tokens: Tensor, valid: Tensor, vocab: int) -> Tensor:
-    """The tokens as indices: ``vocab`` where ignored; out of range raises on the CPU, else gives -1."""
+    """The tokens as indices: ``vocab`` where ignored; out of range raises on the CPU, else -1."""
     wrong = valid & ((tokens < 0) | (tokens >= vocab))
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
@@ -170,15 +193,20 @@ def _forward_fake(logits, tokens, temperature, temperature_value, ignore_index, 
     rows = logits.shape[:-1]
     logprob = logits.new_empty(tokens.shape, dtype=dtype)
     entropy = logits.new_empty(rows if with_entropy else (0,), dtype=dtype)
-    return logprob, entropy, logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+    return (
+        logprob,
+        entropy,
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+    )
 
 
 def _backward_fake(grad_logprob, grad_entropy, logits, *rest):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-# Forward: one read of N*V. row_max and log_sum = log sum exp((z - max) / temperature) stay apart for
-# the backward: at an offset of 1e4 a float32 sum of the two has lost the digits that matter.
+# Forward: one read of N*V. row_max and log_sum = log sum exp((z - max) / temperature) stay apart
+# for the backward: at an offset of 1e4 a float32 sum of the two has lost the digits that matter.
 # Backward: grad = (g_t (onehot - p) - g_H p (log p + H)) / temperature; read N*V, write N*V.
 _SAVED = (
     "Tensor tokens, Tensor? temperature, float temperature_value, int ignore_index, "
@@ -208,7 +236,14 @@ _backend.define(
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits, tokens, temperature, temperature_value, ignore_index, with_entropy, inplace
+        ctx: Any,
+        logits,
+        tokens,
+        temperature,
+        temperature_value,
+        ignore_index,
+        with_entropy,
+        inplace,
     ):
         logprob, entropy, row_max, log_sum = torch.ops.rlhf_kernels.token_logprob_fwd(
             logits, tokens, temperature, temperature_value, ignore_index, with_entropy
@@ -248,14 +283,22 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield case("1: a certain token", 1, 3)
     yield case("8200: several blocks, with a rest; temperature", 8200, 3, temperature=0.7)
     yield case("no rows", 33, 0)
-    yield case("one temperature a row", 130, 2, 3, temperature=make.uniform(2, 1, low=0.5, high=2.0))
+    yield case(
+        "one temperature a row", 130, 2, 3, temperature=make.uniform(2, 1, low=0.5, high=2.0)
+    )
     yield case("K tokens a position", 97, 4, tokens=make.integers(97, 4, 3))
     ignored = make.integers(257, 6)
     ignored[::2] = -100
     yield case("ignored positions", 257, 6, tokens=ignored)
     banned = make.randn(3, 8300)
     banned[:, :4200] = -torch.inf  # the whole first block
-    yield case("a leading block of -inf", 8300, 3, logits=banned, tokens=make.tensor([8299, 4200, 6000], torch.int64))
+    yield case(
+        "a leading block of -inf",
+        8300,
+        3,
+        logits=banned,
+        tokens=make.tensor([8299, 4200, 6000], torch.int64),
+    )
     strided = make.randn(4, 7, 40)[:, :-1, 3:]
     yield case("rows are strided slices", 37, 4, 6, logits=strided)
 
