@@ -27,7 +27,9 @@ def _load_library(name: str) -> str | None:
     """Load ``lib<name>`` so that its kernels register themselves; the reason if that fails."""
     path = _FOLDER / f"lib{name}{_SUFFIX}"
     if not path.exists():
-        return f"{path.name} is not built (run `make venv`, or `pip install --no-build-isolation .`)"
+        return (
+            f"{path.name} is not built (run `make venv`, or `pip install --no-build-isolation .`)"
+        )
     try:
         torch.ops.load_library(path)
     except OSError as error:

@@ -1,6 +1,23 @@
 """All operators, one record each: what the tests, the benchmarks and ``python -m`` walk over."""
 
-from rlhf_kernels.logprob_kl import SPEC as LOGPROB_KL
-from rlhf_kernels.token_logprob import SPEC as TOKEN_LOGPROB
+import importlib
 
-SPECS = (TOKEN_LOGPROB, LOGPROB_KL)
+from rlhf_kernels.opspec import OpSpec
+
+# By module: the functions of the package have the names of their modules.
+SPECS: tuple[OpSpec, ...] = tuple(
+    importlib.import_module(f"rlhf_kernels.{name}").SPEC
+    for name in (
+        "token_logprob",
+        "logprob_kl",
+        "kl_estimate",
+        "policy_loss",
+        "value_loss",
+        "gae",
+        "kl_shaped_rewards",
+        "masked_mean",
+        "masked_whiten",
+        "pairwise_reward_loss",
+        "ranking_reward_loss",
+    )
+)

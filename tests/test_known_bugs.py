@@ -7,6 +7,7 @@ our list of pitfalls.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import rlhf_kernels as rk
 from compare import assert_close_to_truth
+from rlhf_kernels.aggregation import AGGREGATIONS
 from rlhf_kernels.opspec import Maker
 from rlhf_kernels.specs import SPECS
 
@@ -359,6 +361,510 @@ def test_low_precision_log_softmax(device, backend):
     assert out.logprob.dtype == out.entropy.dtype == torch.float32
     truth = logits.double().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     assert_close_to_truth(out.logprob, truth.float(), truth, 2e-6)
+
+
+# ---- Losses ---------------------------------------------------------------------------------
+
+LOSSES = ("policy_loss", "value_loss")
+MASK = "mask"
+
+
+def loss_inputs(op: str, *shape: int, device: str, seed: int = 0) -> dict[str, Any]:
+    """All tensors of a loss, with every term switched on, and a random mask."""
+    g = torch.Generator().manual_seed(seed)
+    x, a, b, c = torch.randn(4, *shape, generator=g)
+    mask = torch.rand(shape, generator=g) < 0.6
+    if op == "value_loss":
+        tensors = {"values": x, "old_values": x + 0.3 * a, "returns": b, MASK: mask}
+        return {name: t.to(device) for name, t in tensors.items()}
+    tensors = {
+        "logprob": x,
+        "old_logprob": x + 0.3 * a,
+        "advantages": b,
+        MASK: mask,
+        "importance_weight": c.exp(),
+        "ref_logprob": x + 0.2 * b,
+        "entropy": a.abs(),
+    }
+    inputs: dict[str, Any] = {name: t.to(device) for name, t in tensors.items()}
+    return inputs | {"kl_coef": 0.1, "entropy_coef": 0.01}
+
+
+def loss_and_gradients(op: str, inputs: dict[str, Any], **options: Any) -> tuple[Any, ...]:
+    """The loss, its statistics, and the gradients of the differentiable arguments."""
+    names = ("values",) if op == "value_loss" else ("logprob", "entropy")
+    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in names}
+    loss, stats = getattr(rk, op)(**{**inputs, **leaves}, **options)
+    loss.backward()
+    return loss.detach(), stats, [leaf.grad for leaf in leaves.values()]
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("op", LOSSES)
+def test_zero_valid_tokens_in_a_loss(device, backend, op, aggregation):
+    """12. NaN loss or inf gradient. Automodel 3796, OLMo-core 657, torchtune 2341, unsloth 7677"""
+    for shape in ((3, 5), (0, 5), (3, 0)):
+        inputs = loss_inputs(op, *shape, device=device)
+        inputs[MASK] = torch.zeros(shape, dtype=torch.bool, device=device)
+        options = {"aggregation": aggregation, "backend": backend}
+        loss, stats, grads = loss_and_gradients(op, inputs, **options)
+        assert loss.item() == 0
+        assert not any(g.any() for g in grads)
+        assert not any(x.any() for x in stats)
+        assert stats.clip_frac.item() == 0
+        rate = stats.explained_variance if op == "value_loss" else stats.approx_kl
+        assert rate.item() == 0
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_nonuniform_upstream_layout_of_a_loss(device, backend, op):
+    """13. Expanded upstream gradients, and leaves that are slices, transposed or expanded."""
+    inputs = loss_inputs(op, 4, 6, device=device)
+    _, _, expected = loss_and_gradients(op, inputs, backend=backend)
+    name = "values" if op == "value_loss" else "logprob"
+    leaf = inputs[name].T.contiguous().requires_grad_()  # seen through a transpose
+    loss, _ = getattr(rk, op)(**{**inputs, name: leaf.T}, backend=backend)
+    loss.expand(5).sum().backward()
+    torch.testing.assert_close(leaf.grad, 5 * expected[0].T)
+    # One number per sequence, expanded over its tokens: its gradient is the sum over them.
+    column = inputs[name][:, :1].clone().requires_grad_()
+    loss, _ = getattr(rk, op)(**{**inputs, name: column.expand(4, 6)}, backend=backend)
+    loss.backward()
+    repeated = {**inputs, name: inputs[name][:, :1].repeat(1, 6)}
+    _, _, per_token = loss_and_gradients(op, repeated, backend=backend)
+    torch.testing.assert_close(column.grad, per_token[0].sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("op", LOSSES)
+def test_mean_over_accumulation(device, backend, op, aggregation):
+    """21. Local denominators under accumulation or data parallelism. trl 2617, 2995, 3021, 3138,
+    5890, 6024; Liger 802, 1082; verl 593; open-instruct 1161"""
+    inputs = loss_inputs(op, 6, 40, device=device)
+    inputs[MASK][0, 3:] = False  # micro-batches of very different sizes
+    inputs[MASK][4] = False
+    options = {"aggregation": aggregation, "backend": backend}
+    loss, _, grads = loss_and_gradients(op, inputs, **options)
+    tokens = inputs[MASK].sum()
+    sequences = inputs[MASK].any(1).sum()
+    for as_number in (True, False):
+        normalizer: Any = tokens if aggregation.startswith("token") else sequences
+        if aggregation == "token-sum":
+            normalizer = torch.ones_like(tokens)
+        normalizer = normalizer.item() if as_number else normalizer
+        total, parts = torch.zeros_like(loss), []
+        for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+            part = {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            one, _, part_grads = loss_and_gradients(op, part, **options, normalizer=normalizer)
+            total += one
+            parts.append(part_grads)
+        torch.testing.assert_close(total, loss, rtol=1e-5, atol=1e-6)
+        for whole, *pieces in zip(grads, *parts, strict=True):
+            torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("op", LOSSES)
+def test_packed_equals_padded(device, backend, op, aggregation):
+    """22. Aggregation over packed rows. tunix 1662"""
+    lengths = [700, 1, 0, 33]
+    padded = loss_inputs(op, 4, 700, device=device)
+    real = torch.arange(700, device=device) < torch.tensor(lengths, device=device)[:, None]
+    padded[MASK] &= real
+    packed = {k: v[real] if isinstance(v, Tensor) else v for k, v in padded.items()}
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    levels = ("token",) if op == "value_loss" else ("token", "sequence")
+    for level in levels:
+        options: dict[str, Any] = {"aggregation": aggregation, "backend": backend}
+        if op == "policy_loss":
+            options["ratio_level"] = level
+        loss, stats, grads = loss_and_gradients(op, padded, **options, max_length=700)
+        layout = {"cu_seqlens": offsets, "max_length": 700}
+        loss2, stats2, grads2 = loss_and_gradients(op, packed, **options, **layout)
+        torch.testing.assert_close(loss2, loss, rtol=1e-5, atol=1e-6)
+        for a, b in zip(stats, stats2, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+        for a, b in zip(grads, grads2, strict=True):
+            torch.testing.assert_close(b, a[real], rtol=1e-5, atol=1e-7)
+            assert not a[~real].any()
+
+
+def test_explained_variance_cancellation(device, backend):
+    """23. E[x^2] - mean^2: a spread of 0.1 around 1e4 is lost in float32. NeMo-RL 4158"""
+    g = torch.Generator().manual_seed(0)
+    returns = (1e4 + 0.1 * torch.randn(8, 1000, generator=g)).to(device)
+    values = (returns + 0.05 * torch.randn(8, 1000, generator=g).to(device)).contiguous()
+    halves = [
+        rk.value_loss(values[rows], values[rows], returns[rows], backend=backend)[1]
+        for rows in (slice(0, 3), slice(3, 8))
+    ]
+    got = (halves[0] + halves[1]).explained_variance.item()
+    errors = returns.double() - values.double()
+    expected = 1 - errors.var(correction=0) / returns.double().var(correction=0)
+    assert 0.5 < expected < 0.9
+    assert got == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("op", LOSSES)
+def test_nan_at_masked_slot_of_a_loss(device, backend, op, aggregation):
+    """24. NaN * 0. OpenRLHF 1240, AReaL 1347"""
+    inputs = loss_inputs(op, 3, 50, device=device)
+    poisoned = dict(inputs)
+    for name, x in inputs.items():
+        if isinstance(x, Tensor) and name != MASK:
+            for start, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+                spots = torch.zeros_like(inputs[MASK])
+                spots[:, start::3] = True
+                x = torch.where(spots & ~inputs[MASK], bad, x)
+            poisoned[name] = x
+    levels = ("token",) if op == "value_loss" else ("token", "sequence")
+    for level in levels:
+        options: dict[str, Any] = {"aggregation": aggregation, "backend": backend}
+        if op == "policy_loss":
+            options["ratio_level"] = level
+        loss, stats, grads = loss_and_gradients(op, inputs, **options)
+        loss2, stats2, grads2 = loss_and_gradients(op, poisoned, **options)
+        assert torch.equal(loss, loss2)
+        assert all(torch.equal(a, b) for a, b in zip(stats, stats2, strict=True))
+        for a, b in zip(grads, grads2, strict=True):
+            assert torch.equal(a, b) and not b[~inputs[MASK]].any()
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_all_zero_mask_of_one_sequence(device, backend, op):
+    """25. A sequence without a valid token is left out of the mean over sequences. NeMo-RL 158"""
+    inputs = loss_inputs(op, 4, 30, device=device)
+    inputs[MASK][2] = False
+    rest = {k: torch.cat([v[:2], v[3:]]) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    for aggregation in AGGREGATIONS:
+        options = {"aggregation": aggregation, "backend": backend}
+        loss, _, grads = loss_and_gradients(op, inputs, **options)
+        loss2, _, grads2 = loss_and_gradients(op, rest, **options)
+        torch.testing.assert_close(loss, loss2, rtol=1e-6, atol=1e-7)
+        for a, b in zip(grads, grads2, strict=True):
+            assert not a[2].any()
+            torch.testing.assert_close(torch.cat([a[:2], a[3:]]), b, rtol=1e-6, atol=1e-8)
+
+
+def test_importance_ratio_overflow(device, backend):
+    """30. exp(200) is inf in float32: finite where the clip binds, no 0 * inf in the gradient."""
+    far = torch.tensor([[200.0, 200.0, 0.0]], device=device)
+    advantages = torch.tensor([[1.0, 0.0, 1.0]], device=device)
+    for level, expected in (("token", (-1.2 + 0 - 1) / 3), ("sequence", (-1.2 + 0 - 1.2) / 3)):
+        logprob = far.clone().requires_grad_()
+        old = torch.zeros_like(far)
+        options = {"ratio_level": level, "backend": backend}
+        loss, _ = rk.policy_loss(logprob, old, advantages, **options)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+        slope = -1 / 3 if level == "token" else 0.0
+        expected_grad = torch.tensor([[0.0, 0.0, slope]], device=device)
+        torch.testing.assert_close(logprob.grad, expected_grad)
+    # A < 0 is not bounded by the clip; dual_clip or log_ratio_clamp bound it.
+    negative = torch.full_like(far, -1.0)
+    loss, _ = rk.policy_loss(far, torch.zeros_like(far), negative, backend=backend)
+    assert loss.item() == torch.inf
+    for bound, value in (({"dual_clip": 3.0}, 3.0), ({"log_ratio_clamp": 2.0}, 2.718281828**2)):
+        logprob = far.clone().requires_grad_()
+        loss, _ = rk.policy_loss(logprob, torch.zeros_like(far), negative, backend=backend, **bound)
+        loss.backward()
+        assert loss.item() == pytest.approx((2 * value + 1) / 3, rel=1e-5)
+        expected_grad = torch.tensor([[0.0, 0.0, 1 / 3]], device=device)
+        torch.testing.assert_close(logprob.grad, expected_grad)
+
+
+def test_k3_overflow_in_a_loss(device, backend):
+    """30. k3 of a reference far above the policy is inf, not NaN, and stays out of the rest."""
+    logprob = torch.tensor([[-120.0, -1.0, -1.0]], device=device, requires_grad=True)
+    ref = torch.tensor([[0.0, -1.0, -1.5]], device=device)
+    options = {"objective": "reinforce", "kl_coef": 0.1, "backend": backend}
+    zero = torch.zeros_like(ref)
+    loss, _ = rk.policy_loss(logprob, None, zero, ref_logprob=ref, **options)
+    loss.backward()
+    assert loss.item() == torch.inf
+    assert logprob.grad[0, 0].item() == -torch.inf and logprob.grad[0, 1:].isfinite().all()
+    # with kl_coef = 0 it is not computed, masked it does not count
+    options["kl_coef"] = 0.0
+    assert rk.policy_loss(logprob, None, zero, ref_logprob=ref, **options)[0].item() == 0
+    options["kl_coef"] = 0.1
+    mask = torch.tensor([[0, 1, 1]], device=device)
+    loss, _ = rk.policy_loss(logprob, None, zero, mask, ref_logprob=ref, **options)
+    assert loss.item() == pytest.approx(0.1 * (0.6065306597 - 0.5) / 2, rel=1e-5)
+
+
+def test_k3_in_loss_bias(device, backend):
+    """31. The expected gradient of k1 in a loss is zero, that of k2 is the gradient of KL(p || q),
+    that of k3 the gradient of KL(q || p). NeMo-RL 2506, trl 4638, 4967, open-instruct 534"""
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, generator=g, dtype=torch.float64).to(device).requires_grad_()
+    log_q = torch.randn(6, generator=g, dtype=torch.float64).to(device).log_softmax(0)
+
+    def expected_gradient(kind: str) -> Tensor:
+        """Over all tokens, each with its probability: exact, not sampled."""
+        log_p = logits.log_softmax(0)
+        leaf = log_p.detach().requires_grad_()
+        loss, _ = rk.policy_loss(
+            leaf,
+            None,
+            torch.zeros_like(leaf),
+            objective="reinforce",
+            ref_logprob=log_q,
+            kl_coef=1.0,
+            kl_kind=kind,
+            aggregation="token-sum",
+            backend=backend,
+        )
+        loss.backward()
+        return torch.autograd.grad((log_p * (log_p.detach().exp() * leaf.grad)).sum(), logits)[0]
+
+    def gradient(divergence: Tensor) -> Tensor:
+        return torch.autograd.grad(divergence, logits)[0]
+
+    log_p = logits.log_softmax(0)
+    forward = gradient((log_p.exp() * (log_p - log_q)).sum())
+    log_p = logits.log_softmax(0)
+    reverse = gradient((log_q.exp() * (log_q - log_p)).sum())
+    assert (forward - reverse).abs().max() > 1e-2
+    torch.testing.assert_close(expected_gradient("k1"), torch.zeros_like(logits))
+    torch.testing.assert_close(expected_gradient("k2"), forward)
+    torch.testing.assert_close(expected_gradient("k3"), reverse)
+
+
+def test_negative_entropy(device, backend):
+    """33. Padded slots drag the entropy bonus below zero. trl 6121"""
+    entropy = torch.tensor([[1.0, 2.0, -7e4, -7e4]], device=device, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 0]], device=device)
+    zero = torch.zeros(1, 4, device=device)
+    loss, _ = rk.policy_loss(
+        zero, zero, zero, mask, entropy=entropy, entropy_coef=0.5, backend=backend
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.5 * 1.5)
+    torch.testing.assert_close(
+        entropy.grad, torch.tensor([[-0.25, -0.25, 0.0, 0.0]], device=device)
+    )
+
+
+# ---- Sequences and rewards ------------------------------------------------------------------
+
+
+def test_kl_direction_of_kl_estimate(device, backend):
+    """8. d is log p - log q with p the policy, not the reverse: weighted by p, k1 and k3 sum to
+    KL(p || q). trl 4935"""
+    p = torch.tensor([0.7, 0.2, 0.1], device=device)
+    q = torch.tensor([0.1, 0.1, 0.8], device=device)
+    forward_kl, backward_kl = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+    assert abs(forward_kl - backward_kl) > 0.05
+    for kind in ("k1", "k3"):
+        mean = (p * rk.kl_estimate(p.log(), q.log(), kind=kind, backend=backend)).sum()
+        torch.testing.assert_close(mean, forward_kl, rtol=1e-5, atol=1e-6)
+
+
+def test_zero_valid_tokens_of_sequence_ops(device, backend):
+    """12. NaN loss or infinite gradient when nothing is valid, or nothing is there. Automodel 3796,
+    OLMo-core 657, torchtune 2341, unsloth 7677, aiter 5165"""
+    for shape in ((2, 3), (0, 3), (2, 0)):
+        x = torch.ones(shape, device=device, requires_grad=True)
+        mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        scores = torch.ones(shape[0], device=device)
+        for op in (rk.masked_mean, rk.masked_whiten):
+            out = op(x, mask, backend=backend)
+            (grad,) = torch.autograd.grad(out.sum(), x)
+            assert (out == 0).all() and (grad == 0).all()
+        for out in (
+            *rk.gae(x, x, mask, last_value=scores, backend=backend),
+            rk.kl_shaped_rewards(scores, x, x, mask, kl_coef=1.0, backend=backend),
+        ):
+            assert out.shape == shape and (out == 0).all()
+    none = torch.zeros(0, device=device, requires_grad=True)
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    for loss, stats in (
+        rk.pairwise_reward_loss(none, none, center_coef=1.0, backend=backend),
+        rk.ranking_reward_loss(none, none, offsets, center_coef=1.0, backend=backend),
+    ):
+        assert loss == 0 and stats.accuracy == 0 and stats.margin == 0
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e6])
+def test_group_std_cancellation(device, backend, offset):
+    """23. E[x^2] - mean^2 loses the variance at a large mean. NeMo-RL 4158"""
+    x = (random(4096, device=device) * 0.25).round(decimals=2) * 64 + offset
+    mask = torch.ones_like(x, dtype=torch.bool)
+    truth = x.double()
+    truth = (truth - truth.mean()) / truth.std()
+    got = rk.masked_whiten(x, mask, backend=backend).double()
+    # What the float32 mean of the plain formula can be off by, over the deviation of 16.
+    atol = 2e-6 + (2**-24 * abs(offset) / 8 if backend == "reference" else 0)
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=atol)
+    if offset == 1e4:  # the shortcut, for comparison: its variance is off by more than 1 %
+        shortcut = (x * x).mean() - x.mean() ** 2
+        assert abs(shortcut.double() / x.double().var() - 1) > 0.01
+
+
+def test_nan_at_masked_slot_of_sequence_ops(device, backend):
+    """24. NaN * 0 is NaN: what stands at a masked place reaches no output and no gradient.
+    OpenRLHF 1240, AReaL 1347"""
+    mask = torch.rand(6, 50, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[3] = False
+    mask = mask.to(device)
+    clean = random(6, 50, device=device)
+    scores = random(6, seed=1, device=device)
+    for garbage in (math.nan, math.inf, -math.inf):
+        dirty = clean.masked_fill(~mask, garbage)
+        for op in (rk.masked_mean, rk.masked_whiten):
+            outputs = []
+            for x in (clean, dirty):
+                leaf = x.clone().requires_grad_()
+                out = op(leaf, mask, backend=backend)
+                weight = torch.where(mask, clean, 1.0) if out.dim() else 1.0
+                (grad,) = torch.autograd.grad((out * weight).sum(), leaf)
+                assert (grad[~mask] == 0).all()
+                outputs.append((out, grad))
+            for a, b in zip(*outputs, strict=True):
+                assert torch.equal(a, b)
+        for a, b in zip(
+            rk.gae(clean, clean, mask, backend=backend),
+            rk.gae(dirty, dirty, mask, backend=backend),
+            strict=True,
+        ):
+            assert torch.equal(a, b) and (b[~mask] == 0).all()
+        for kind in ("k1", "k2", "k3"):
+            kwargs = {"kl_coef": 0.1, "kl_kind": kind, "backend": backend}
+            expected = rk.kl_shaped_rewards(scores, clean, 2 * clean, mask, **kwargs)
+            got = rk.kl_shaped_rewards(
+                scores.masked_fill(~mask.any(1), garbage), dirty, 2 * dirty, mask, **kwargs
+            )
+            assert torch.equal(got, expected) and (got[~mask] == 0).all()
+
+
+def test_all_zero_mask_of_sequence_ops(device, backend):
+    """25. A sequence without a valid token gives zeros, and leaves the other sequences alone.
+    NeMo-RL 158"""
+    rewards, values = random(2, 4, 30, device=device)
+    scores = random(4, seed=2, device=device)
+    mask = torch.ones(4, 30, dtype=torch.bool, device=device)
+    mask[1] = False
+    others = [0, 2, 3]
+    got = [
+        *rk.gae(rewards, values, mask, last_value=scores, backend=backend),
+        rk.kl_shaped_rewards(scores, rewards, values, mask, kl_coef=0.1, backend=backend),
+    ]
+    few = (rewards[others], values[others], mask[others])
+    expected = [
+        *rk.gae(*few, last_value=scores[others], backend=backend),
+        rk.kl_shaped_rewards(scores[others], *few, kl_coef=0.1, backend=backend),
+    ]
+    for a, b in zip(got, expected, strict=True):
+        assert (a[1] == 0).all() and torch.equal(a[others], b)
+    for op in (rk.masked_mean, rk.masked_whiten):
+        whole, part = op(rewards, mask, backend=backend), op(rewards[others], mask[others])
+        torch.testing.assert_close(whole[others] if whole.dim() else whole, part)
+
+
+@pytest.mark.parametrize("garbage", [100.0, -1e30, math.nan])
+def test_gae_pad_leak(device, backend, garbage):
+    """26. A value at a pad taken for the next value; a pad or an interior gap that ends the
+    episode; a mask whose last token is no EOS. ROLL 447, verl 2337, miles 1827, verl 3805"""
+    rewards, values = random(2, 1, 6, device=device)
+    last = torch.tensor([0.7], device=device)
+    expected = rk.gae(rewards, values, gamma=0.9, last_value=last, backend=backend)
+    for holes in ([6, 7, 8], [0, 1], [3], [2, 3, 4, 9], [0, 2, 4, 6, 8]):  # in the longer row
+        size = 6 + len(holes)
+        valid = torch.ones(1, size, dtype=torch.bool, device=device)
+        valid[:, holes] = False
+        wide = torch.full((2, 1, size), garbage, device=device)
+        wide[:, valid] = torch.stack([rewards[0], values[0]])
+        got = rk.gae(*wide, valid, gamma=0.9, last_value=last, backend=backend)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a[valid], b[0], rtol=1e-5, atol=1e-6)
+            assert (a[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("pads", [0.0, 1e6, math.nan])
+def test_whitening_includes_pads(device, backend, pads):
+    """27. Mean and variance over the pads too; a single valid element divides by n - 1 = 0. (A hang
+    on an empty shard: test_masked_whiten_and_mean_over_two_processes.) SkyRL 1782, slime 1369,
+    2235"""
+    x = torch.tensor([[1.0, 2.0, pads], [6.0, pads, pads]], device=device)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]], device=device)
+    got = rk.masked_whiten(x, mask, backend=backend)  # mean 3, variance (4 + 1 + 9) / 2
+    expected = torch.tensor([[-2.0, -1.0, 0.0], [3.0, 0.0, 0.0]], device=device) / 7**0.5
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    assert rk.masked_mean(x, mask, backend=backend) == 3
+    single = rk.masked_whiten(x[1:], mask[1:], backend=backend)
+    assert single.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_k3_overflow_of_kl_estimate(device, backend):
+    """30. e^-d of a large difference, and its derivative. As documented: +inf beyond d = -88.7 in
+    float32 without a clamp, never NaN; with one the value is bounded and the gradient zero.
+    OpenRLHF's own tests"""
+    d = torch.tensor([-80.0, -200.0, 200.0], device=device)
+    logprob = d.clone().requires_grad_()
+    zero = torch.zeros(3, device=device)
+    kl = rk.kl_estimate(logprob, zero, backend=backend)
+    (grad,) = torch.autograd.grad(kl.sum(), logprob)
+    expected = torch.tensor([math.exp(80) - 81, math.inf, 199.0], device=device)
+    torch.testing.assert_close(kl, expected, rtol=1e-5, atol=0)
+    expected = torch.tensor([1 - math.exp(80), -math.inf, 1.0], device=device)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=0)
+    for kind, bound in (("k1", 10), ("k2", 50), ("k3", math.exp(10) - 11)):
+        kl = rk.kl_estimate(logprob, zero, kind=kind, clamp=10.0, backend=backend)
+        (grad,) = torch.autograd.grad(kl.sum(), logprob)
+        assert (kl.abs() <= bound * (1 + 1e-6)).all() and (grad == 0).all()
+
+
+def test_reward_position_and_eos(device, backend):
+    """32. The score goes to the last valid token, by the mask alone: right and left padding,
+    a response that was cut off without an EOS (mask full), an EOS that equals the pad token (masked
+    as padding or not), a gap before the end. trl 1893, 3750; DeepSpeedExamples 672"""
+    rows = {
+        "right padding": ([1, 1, 1, 0, 0], 2),
+        "left padding": ([0, 0, 1, 1, 1], 4),
+        "cut off": ([1, 1, 1, 1, 1], 4),
+        "EOS counted among the pads": ([0, 1, 1, 0, 0], 2),
+        "gap before the end": ([1, 1, 0, 0, 1], 4),
+        "one token": ([0, 1, 0, 0, 0], 1),
+    }
+    mask = torch.tensor([row for row, _ in rows.values()], device=device)
+    zero = torch.zeros(len(rows), 5, device=device)
+    scores = torch.arange(1.0, len(rows) + 1, device=device)
+    rewards = rk.kl_shaped_rewards(scores, zero, zero, mask, kl_coef=0.1, backend=backend)
+    expected = torch.zeros_like(zero)
+    for i, (_, last) in enumerate(rows.values()):
+        expected[i, last] = scores[i]
+    assert torch.equal(rewards, expected)
+
+
+def test_logexp_overflow(device, backend):
+    """34. log(1 + exp(x)) is inf for x = 200, and its gradient NaN. OpenRLHF LogExpLoss"""
+    scores = torch.tensor([-200.0, 0.0, 200.0], device=device)
+    chosen = scores.clone().requires_grad_()
+    loss, _ = rk.pairwise_reward_loss(chosen, torch.zeros_like(chosen), backend=backend)
+    (grad,) = torch.autograd.grad(3 * loss, chosen)
+    assert loss.item() == pytest.approx((200 + math.log(2)) / 3, rel=1e-6)
+    assert grad.tolist() == pytest.approx([-1.0, -0.5, 0.0], abs=1e-6)
+    chosen = scores.clone().requires_grad_()
+    offsets = torch.tensor([0, 3], device=device)
+    ranks = torch.tensor([0, 1, 2], device=device)  # the wrong way round: differences of -200, -400
+    loss, _ = rk.ranking_reward_loss(chosen, ranks, offsets, backend=backend)
+    (grad,) = torch.autograd.grad(3 * loss, chosen)
+    assert loss.item() == pytest.approx(800 / 3, rel=1e-6)
+    assert grad.tolist() == pytest.approx([-2.0, 0.0, 2.0], abs=1e-6)
+
+
+def test_gae_time_loop(device, backend):
+    """39. 4.6 s for a loop over 128K tokens; the cumulative sum that gamma = lam = 1 invites: at
+    this length float32 sums of rewards would have lost their digits. NeMo-RL 4156, verl 2132,
+    slime 2229"""
+    steps = 131072 if backend != "reference" else 512
+    rewards, values = random(2, 1, steps, device=device)
+    out = rk.gae(rewards, values, gamma=1.0, lam=1.0, backend=backend)
+    to_go = rewards.double().flip(1).cumsum(1).flip(1)
+    error = (out.returns.double() - to_go).abs().max()
+    roundings = 4 if backend != "reference" else steps  # the reference carries float32
+    assert error <= roundings * 2**-24 * to_go.abs().max()
 
 
 # ---- Temperature, KL, reward ----------------------------------------------------------------

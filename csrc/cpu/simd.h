@@ -271,9 +271,13 @@ RK_HD double exp_flush(double x) { return ::exp(x); }
 RK_HD vfloat exp(vfloat x) {
   vfloat r;
   const vfloat n = split_ln2(min(splat<vfloat>(89.0), max(splat<vfloat>(-105.0), x)), &r);
-  const vfloat half = __builtin_convertvector(__builtin_convertvector(n, vint) >> 1, vfloat);
   const vfloat y = fma(r * r, exp_q(r), r) + 1.0f;
+#if defined(RK_SIMD_avx512)
+  return (vfloat)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  const vfloat half = __builtin_convertvector(__builtin_convertvector(n, vint) >> 1, vfloat);
   return y * exp2_whole(half) * exp2_whole(n - half);
+#endif
 }
 
 RK_HD vfloat expm1(vfloat x) {

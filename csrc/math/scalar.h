@@ -14,15 +14,6 @@
 #define RK_HD static inline __attribute__((always_inline))
 #endif
 
-// The namespace that formula headers open. Vector types have no namespace of their own to be looked
-// up in, so on the CPU a template has to stand where the overloads for them do: simd.h comes first
-// there.
-#if defined(RK_SIMD)
-#define RK_MATH rlhf_kernels::RK_SIMD
-#else
-#define RK_MATH rlhf_kernels
-#endif
-
 namespace rlhf_kernels {
 
 template <class V>

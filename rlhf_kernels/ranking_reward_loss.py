@@ -1,0 +1,173 @@
+"""ranking_reward_loss: the reward-model loss over all ordered pairs of completions of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
+
+from rlhf_kernels import backend as _backend
+from rlhf_kernels import checks
+from rlhf_kernels.opspec import Maker, OpSpec, Sample
+from rlhf_kernels.pairwise_reward_loss import RewardStats, fake_stats
+
+
+def ranking_reward_loss(
+    scores: Tensor,
+    ranks: Tensor,
+    group_offsets: Tensor,
+    *,
+    center_coef: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, RewardStats]:
+    """Loss of K ranked completions per prompt (InstructGPT, equation 1):
+
+        mean over prompts of the mean over its pairs w before l of -log sigmoid(s_w - s_l)
+        + center_coef * mean over completions of s^2
+
+    Ties are no pairs, and a prompt without a pair is left out of the mean, so all pairs of a prompt
+    weigh as one element of the batch. The pairs are never written out.
+
+    Args:
+        scores: (M,), the completions of a prompt side by side; bf16, fp16, fp32 or fp64.
+        ranks: (M,) integer or floating, lower is better, compared within a prompt; a completion
+            with rank NaN is left out of everything.
+        group_offsets: (P + 1,) int32 or int64, where the prompts start, and M at the end. Groups
+            may be empty or differ in size.
+        center_coef: number >= 0; pulls the scores towards 0.
+        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+
+    Returns:
+        loss: one number, float32 (float64 for float64 scores), differentiable with respect to
+            scores; without any pair only the centering term.
+        stats: ``RewardStats`` over all pairs, each counted once.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, before anything is computed.
+    """
+    checks.floating("scores", scores)
+    if scores.dim() != 1:
+        raise ValueError(f"scores: expected shape (M,), got {tuple(scores.shape)}")
+    if not isinstance(ranks, Tensor):
+        raise TypeError(f"ranks: expected a tensor, got {type(ranks).__name__}")
+    if ranks.is_complex() or ranks.dtype == torch.bool:
+        raise TypeError(f"ranks: expected an integer or floating dtype, got {ranks.dtype}")
+    checks.same_device("ranks", ranks, scores.device)
+    checks.shape("ranks", ranks, scores.shape, "to match scores")
+    checks.offsets("group_offsets", group_offsets, scores.device)
+    checks.number("center_coef", center_coef, 0.0)
+    chosen = _backend.select("ranking_reward_loss", scores.device.type, backend)
+    scores = scores.to(checks.accumulation_dtype(scores))
+    ranks = ranks.detach().double()
+    if chosen == "reference":
+        return ranking_reward_loss_reference(scores, ranks, group_offsets, float(center_coef))
+    loss, *stats = _RankingRewardLoss.apply(scores, ranks, group_offsets, float(center_coef))
+    return loss, RewardStats(*stats)
+
+
+def ranking_reward_loss_reference(
+    scores: Tensor, ranks: Tensor, group_offsets: Tensor, center_coef: float
+) -> tuple[Tensor, RewardStats]:
+    """The specification: plain PyTorch, differentiated by plain autograd; writes M x M pairs."""
+    checks.offset_values("group_offsets", group_offsets, scores.shape[0])
+    offsets, at = group_offsets.long(), torch.arange(scores.shape[0], device=scores.device)
+    group = torch.searchsorted(offsets, at, right=True) - 1
+    ranked = ~ranks.isnan()
+    scores = torch.where(ranked, scores, 0.0)
+    pair = (group[:, None] == group) & (ranks[:, None] < ranks)
+    difference = torch.where(pair, scores[:, None] - scores, 0.0)
+    losses = torch.where(pair, -logsigmoid(difference), 0.0).sum(1)
+    counts = pair.sum(1).to(scores.dtype)
+    per_prompt = scores.new_zeros(offsets.shape[0] - 1)
+    pairs = per_prompt.index_add(0, group, counts)
+    means = per_prompt.index_add(0, group, losses) / pairs.clamp(min=1.0)
+    loss = means.sum() / (pairs > 0).sum().clamp(min=1)
+    loss = loss + center_coef * (scores * scores).sum() / ranked.sum().clamp(min=1)
+    apart = difference.detach().double()
+    return loss, RewardStats(pair.sum().double(), (apart > 0).sum().double(), apart.sum())
+
+
+def _forward_fake(scores, ranks, group_offsets, center_coef, with_grad):
+    grad = scores.new_empty(scores.shape if with_grad else (0,))
+    return scores.new_empty(()), *fake_stats(scores), grad
+
+
+# Forward: read M scores and ranks, and for the pairs K/2 times again from the cache; write the
+# gradient of the loss when it is wanted. Backward: times the upstream gradient.
+_backend.define(
+    "ranking_reward_loss",
+    {
+        "ranking_reward_loss_fwd": (
+            "(Tensor scores, Tensor ranks, Tensor group_offsets, float center_coef, "
+            "bool with_grad) -> (Tensor loss, Tensor pair_count, Tensor correct_count, "
+            "Tensor margin_sum, Tensor grad_scores)",
+            _forward_fake,
+        ),
+        "ranking_reward_loss_bwd": (
+            "(Tensor grad, Tensor grad_scores) -> Tensor",
+            lambda grad, grad_scores: torch.empty_like(grad_scores),
+        ),
+    },
+)
+
+
+class _RankingRewardLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores, ranks, group_offsets, center_coef):
+        loss, *stats, grad_scores = torch.ops.rlhf_kernels.ranking_reward_loss_fwd(
+            scores, ranks, group_offsets, center_coef, ctx.needs_input_grad[0]
+        )
+        ctx.save_for_backward(grad_scores)
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad, *_):
+        if grad is None:
+            return None, None, None, None
+        (grad_scores,) = ctx.saved_tensors
+        grad_scores = torch.ops.rlhf_kernels.ranking_reward_loss_bwd(grad, grad_scores)
+        return grad_scores, None, None, None
+
+
+def _samples(make: Maker) -> Iterator[Sample]:
+    def case(why: str, *sizes: int, high: int = 9, **extra: Any) -> Sample:
+        total = sum(sizes)
+        offsets = make.tensor([sum(sizes[:i]) for i in range(len(sizes) + 1)], torch.int64)
+        inputs = {"scores": make.randn(total), "ranks": make.integers(high, total), **extra}
+        return Sample({**inputs, "group_offsets": offsets}, why)
+
+    yield case("two prompts", 4, 3)
+    yield case("empty and single groups; ties", 0, 1, 5, 0, 9, 1, 2, high=3, center_coef=0.1)
+    yield case("70: several vectors of pairs and a rest", 70, 33, high=1000)
+    yield case("all tied: no pair", 4, 2, high=1)
+    yield case("no completions", 0, 0, center_coef=0.1)
+    yield case("float ranks, one NaN", 5, ranks=make.tensor([0.5, torch.nan, 0.25, 3.0, -1.0]))
+    yield case("200 apart and more", 4, scores=make.tensor([200.0, -200.0, 0.0, 30000.0]))
+
+
+def _bench(make: Maker) -> Iterator[Sample]:
+    prompts, completions = 64, 9
+    yield Sample(
+        {
+            "scores": make.randn(prompts * completions),
+            "ranks": make.integers(completions, prompts * completions),
+            "group_offsets": torch.arange(prompts + 1) * completions,
+        },
+        "64 prompts of 9 completions",
+    )
+
+
+SPEC = OpSpec(
+    name="ranking_reward_loss",
+    function=ranking_reward_loss,
+    samples=_samples,
+    bench=_bench,
+    differentiable=("scores",),
+)

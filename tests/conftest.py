@@ -1,0 +1,31 @@
+"""Fixtures of every operator test: where it runs (``device``) and what runs (``backend``)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_kernels.backend import why_not
+
+_NEEDS = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of the tensors: ``"cpu"``, and ``"cuda"`` where there is one."""
+    return request.param
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest, device: str) -> str:
+    """A backend that runs on ``device``, for the argument ``backend=``.
+
+    A backend that this installation lacks is skipped with the reason. One operator stands for all:
+    an operator that misses in a library that is there fails its tests.
+    """
+    name = request.param
+    if (needs := _NEEDS.get(name, device)) != device:
+        pytest.skip(f"backend {name} needs {needs} tensors")
+    if reason := why_not("token_logprob", name):
+        pytest.skip(f"backend {name}: {reason}")
+    return name
