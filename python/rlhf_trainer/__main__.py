@@ -1,0 +1,3 @@
+from rlhf_trainer.cli import main
+
+main()

@@ -1,0 +1,177 @@
+"""Metrics, curves, and the kernel clock: the share of a step that each rlhf_kernels op takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+OnStep = Callable[[dict[str, Any]], None]
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """One JSON line a step, flushed, and the same lines in memory.
+
+    A resumed run keeps the lines up to the checkpoint's step; what the interrupted run wrote after
+    it is run again.
+    """
+
+    def __init__(self, folder: Path, stage: str, step: int, on_step: OnStep | None) -> None:
+        path = folder / METRICS
+        self.stage = stage
+        self.on_step = on_step
+        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        # Every step writes one line. What follows the checkpoint may end in half a line, where the
+        # run was killed.
+        self.history: list[dict[str, Any]] = [json.loads(line) for line in lines[:step]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, **values: Any) -> dict[str, Any]:
+        """Write one line; values that are not finite become null."""
+        row = {"stage": self.stage, "step": step}
+        for key, value in values.items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            row[key] = value if finite else None
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self.history.append(row)
+        if self.on_step is not None:
+            self.on_step(row)
+        return row
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def plot(history: list[dict[str, Any]], path: Path) -> None:
+    """One small curve for each number in the metrics."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = dict.fromkeys(k for row in history for k, value in row.items() if value is not None)
+    keys = [key for key in known if key not in ("stage", "step")]
+    if not keys:
+        return
+    columns = 3
+    rows = math.ceil(len(keys) / columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows))
+    FigureCanvasAgg(figure)
+    for k, key in enumerate(keys):
+        points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
+        axes = figure.add_subplot(rows, columns, k + 1)
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
+        axes.set_title(f"{history[0]['stage']}: {key}")
+        axes.grid(alpha=0.3)
+    figure.subplots_adjust(0.06, 0.03, 0.98, 0.97, wspace=0.25, hspace=0.4)
+    figure.savefig(path, dpi=100)
+
+
+class KernelClock:
+    """Profiles a few steps and sums the time of the rlhf_kernels ops in them.
+
+    Steps 2, 4, 8, ... of this process are sampled: the first one pays for warm-up, and the others
+    should be spread over a run. Inside a step only the part under `kernels()` runs under the
+    profiler, which costs time for every op that it sees: generation, which calls no op of the
+    library, stays outside.
+    """
+
+    def __init__(self, steps: int, backend: str, device: torch.device) -> None:
+        # The profiler's library logs each start and stop to stderr; levels up to 5 let that
+        # through.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        self.left = steps
+        self.backend = backend
+        self.device = device
+        self.seen = 0
+        self.sampling = False
+        self.walls: list[float] = []
+        self.totals: dict[str, float] = {}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a whole step."""
+        self.seen += 1
+        power_of_two = self.seen & (self.seen - 1) == 0
+        self.sampling = self.left > 0 and self.seen > 1 and power_of_two
+        if not self.sampling:
+            yield
+            return
+        self.left -= 1
+        self._synchronize()
+        begin = time.perf_counter()
+        self.overhead = 0.0
+        yield
+        self._synchronize()
+        self.walls.append(time.perf_counter() - begin - self.overhead)
+        self.sampling = False
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Around the part of a step that calls rlhf_kernels."""
+        if not self.sampling:
+            yield
+            return
+        activities = [ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        begin = time.perf_counter()
+        with profile(activities=activities) as profiler:
+            self.overhead += time.perf_counter() - begin
+            yield
+            self._synchronize()
+            begin = time.perf_counter()
+        for name, milliseconds in self._op_times(profiler):
+            if name.startswith("rlhf_kernels::"):
+                self.totals[name] = self.totals.get(name, 0.0) + milliseconds
+        self.overhead += time.perf_counter() - begin
+
+    def report(self) -> dict[str, Any]:
+        """{"backend", "steps", "step_ms", "share", "ops": {op: {"ms_per_step", "share"}}}, and a
+        "note" without ops.
+
+        Shares are of the sampled steps' wall time; on CUDA ms_per_step is the time on the device.
+        """
+        steps = len(self.walls)
+        wall = 1000 * sum(self.walls)
+        ops = {
+            name: {"ms_per_step": total / steps, "share": total / wall}
+            for name, total in sorted(self.totals.items(), key=lambda item: -item[1])
+        }
+        result: dict[str, Any] = {
+            "backend": self.backend,
+            "steps": steps,
+            "step_ms": wall / steps if steps else None,
+            "share": sum(op["share"] for op in ops.values()),
+            "ops": ops,
+        }
+        if not steps:
+            result["note"] = "no step was sampled"
+        elif not ops:
+            result["note"] = (
+                "the reference backend is plain PyTorch: it has no rlhf_kernels ops to time"
+            )
+        return result
+
+    def _op_times(self, profiler: profile) -> Iterator[tuple[str, float]]:
+        """Name and milliseconds of every op call seen, on the device that the run is on."""
+        if self.device.type == "cuda":
+            for event in profiler.key_averages():
+                yield event.key, event.device_time_total / 1e3
+        else:
+            # The raw events: key_averages builds a tree of all ops first, which takes seconds.
+            for call in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+                yield call.name(), call.duration_ns() / 1e6
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

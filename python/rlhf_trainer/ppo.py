@@ -1,0 +1,398 @@
+"""Stage 3: reinforcement learning with PPO.
+
+In, as InstructGPT does it (arXiv 2203.02155, section 3.5 and appendix C.4): whole responses sampled
+at temperature 1; the reward model's score at the last token less a per-token KL penalty against the
+supervised model; no discount; generalised advantage estimation; clipped policy and value losses; a
+value function that starts from the reward model and shares nothing with the policy; one pass over 8
+minibatches an iteration; learning rates that warm up over 10 iterations and then stay. From
+lm-human-preferences: rewards whitened without a shift, advantages whitened per minibatch with the
+biased variance, the adaptive KL controller (off by default). Out: the pretraining gradients of
+PPO-ptx; the moving average of the weights; several processes; packing. Dropout is off throughout
+(the models stay in eval mode, which takes gradients all the same), so that the log-probabilities of
+sampling time are those of training time.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import rlhf_kernels as rk
+from rlhf_trainer.config import ConfigError, PPOConfig
+from rlhf_trainer.data import (
+    IGNORE,
+    Encoded,
+    encode_prompts,
+    fingerprint,
+    positions,
+    read_prompts,
+    shuffled,
+)
+from rlhf_trainer.metrics import KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.model import (
+    Samples,
+    ScalarModel,
+    check_length,
+    checked_tokenizer,
+    load_causal_lm,
+    load_tokenizer,
+    sample,
+    save_model,
+    score_rows,
+)
+from rlhf_trainer.state import (
+    RunState,
+    adam,
+    backend_of,
+    replace_folder,
+    start,
+    warm_constant,
+    write_json,
+)
+
+RewardFn = Callable[[list[str], list[str]], Sequence[float]]
+KL_ERROR_BOUND = 0.2  # lm-human-preferences
+
+
+@dataclass
+class PPOResult:
+    """A finished run. `policy` holds the weights that `folder` holds; the value function is in the
+    folder `value` beside it."""
+
+    policy: PreTrainedModel
+    value: ScalarModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    history: list[dict[str, Any]]
+    kernels: dict[str, Any]
+    seconds: float
+
+
+@dataclass
+class Rollout:
+    """One iteration's episodes, (B, T) over the response tokens, with what PPO keeps fixed while it
+    learns."""
+
+    samples: Samples
+    tokens: Tensor  # int64, IGNORE where the mask is False
+    logprob: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def train_ppo(
+    config: PPOConfig,
+    *,
+    policy: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reward: ScalarModel | None = None,
+    reward_fn: RewardFn | None = None,
+    value: ScalarModel | None = None,
+    prompts: Sequence[str] | None = None,
+    on_step: OnStep | None = None,
+) -> PPOResult:
+    """Train `policy` in place; what is None is read from what the config names.
+
+    The policy as it comes in is the KL reference. reward_fn(prompts, responses) takes the place of
+    the reward model: texts without special tokens in, one number a response out. `value` defaults
+    to a copy of the reward model, or with reward_fn to the policy's backbone under a fresh head.
+    Raises ConfigError or DataError before any training.
+    """
+    began = time.perf_counter()
+    accelerator = start(config)
+    backend, device = backend_of(config), accelerator.device
+
+    tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise ConfigError(f"model: expected a trained model, got {config.model}")
+    tokenizer = checked_tokenizer(tokenizer)
+    pad = tokenizer.pad_token_id
+    if prompts is None:
+        prompts = read_prompts(config.require_given("prompt_file"), tokenizer)
+    encoded = encode_prompts(tokenizer, prompts)
+    kept = [i for i, ids in enumerate(encoded) if len(ids) <= config.max_prompt_tokens]
+    if not kept:
+        raise ConfigError(
+            f"max_prompt_tokens: expected a prompt that fits, got {len(encoded)} longer ones"
+        )
+    prompts, encoded = [prompts[i] for i in kept], [encoded[i] for i in kept]
+    print(f"ppo: {len(kept)} prompts")
+    if policy is None:
+        policy = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
+    if reward is None and reward_fn is None:
+        reward = ScalarModel.load(config.require_given("reward_model"))
+    if value is None:
+        value = copy.deepcopy(reward) if reward else ScalarModel.from_causal_lm(policy, pad)
+        value.requires_grad_(True)
+    longest = max(map(len, encoded)) + config.max_response_tokens
+    for model in (policy, value.model, *([reward.model] if reward else [])):
+        check_length(model, longest)
+    reference = copy.deepcopy(policy).eval()
+
+    total = config.episodes // config.batch_size
+    actor, critic = accelerator.prepare_model(policy), accelerator.prepare_model(value)
+    reference = accelerator.prepare_model(reference, evaluation_mode=True)
+    judge: Any = reward
+    if reward is not None:
+        judge = accelerator.prepare_model(reward, evaluation_mode=True)
+    groups = [
+        {"params": list(actor.parameters()), "lr": config.learning_rate},
+        {"params": list(critic.parameters()), "lr": config.value_learning_rate},
+    ]
+    optimizer = accelerator.prepare_optimizer(adam(config, groups, device))
+    scheduler = LambdaLR(optimizer, warm_constant(config.warmup_iterations))
+    state = RunState(
+        config,
+        tokenizer,
+        {"policy": actor, "value": critic},
+        optimizer,
+        scheduler,
+        fingerprint(encoded),
+        kl_coef=config.kl_coef,
+    )
+    state.resume()
+    actor.eval()
+    critic.eval()
+    log = MetricsLog(config.output, "ppo", state.step, on_step)
+    clock = KernelClock(config.profile_steps, config.backend, device)
+    bar = tqdm(
+        total=total, initial=state.step, desc="ppo", unit="iteration", disable=not config.progress
+    )
+
+    size = config.batch_size // config.minibatches
+
+    def micro_batches_of(order: Tensor) -> list[Tensor]:
+        return [m for rows in order.split(size) for m in rows.split(config.micro_batch_size)]
+
+    def score(samples: Samples, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        """Scores (B,) of the responses cut at eos: as judged, and after the rule for a missing
+        eos."""
+        responses = samples.responses()
+        if reward_fn is not None:
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            given = reward_fn([prompts[i] for i in chosen], texts)
+            judged = torch.as_tensor(given, dtype=torch.float32).to(device)
+            if judged.shape != (len(chosen),):
+                raise ValueError(
+                    f"reward_fn: expected {len(chosen)} numbers, got {tuple(judged.shape)}"
+                )
+        else:
+            rows = [Encoded(encoded[i], r) for i, r in zip(chosen, responses, strict=True)]
+            judged = score_rows(judge, rows, pad, config.rollout_batch_size)
+        if config.missing_eos_score is not None:
+            return judged, judged.masked_fill(~samples.ended, config.missing_eos_score)
+        return judged, judged - config.missing_eos_penalty * (~samples.ended)
+
+    def forward(model: nn.Module, samples: Samples, rows: Tensor) -> Tensor:
+        """Logits (b, T, V) or values (b, T) at the positions that predict the response tokens."""
+        first = samples.prompt_width - 1
+        mask = samples.attention_mask[rows]
+        inputs = {
+            "input_ids": samples.input_ids[rows],
+            "attention_mask": mask,
+            "position_ids": positions(mask),
+        }
+        if model is critic:
+            return model(**inputs)[:, first:-1]
+        columns = torch.arange(first, mask.shape[1] - 1, device=device)
+        return model(**inputs, use_cache=False, logits_to_keep=columns).logits
+
+    @torch.no_grad()
+    def explore(chosen: list[int], first_order: Tensor) -> tuple[Rollout, dict[str, Any]]:
+        """Sample and score; old log-probabilities, values and advantages; and the iteration's
+        statistics."""
+        samples = sample(
+            accelerator.unwrap_model(actor),
+            tokenizer,
+            [encoded[i] for i in chosen],
+            max_response_tokens=config.max_response_tokens,
+            temperature=config.temperature,
+            batch_size=config.rollout_batch_size,
+        )
+        judged, scores = score(samples, chosen)
+        mask = samples.mask
+        tokens = samples.tokens.masked_fill(~mask, IGNORE)
+        logprob, ref_logprob, kl, entropy, values = (
+            torch.zeros(mask.shape, device=device) for _ in range(5)
+        )
+        with clock.kernels():
+            # The first optimiser step has a ratio of exactly 1. A model's forward pass is not batch
+            # invariant, so the first pass over the data takes the same rows in the same
+            # micro-batches as this one; and the old log-probabilities come from the op that gives
+            # the new ones, as two ops may run on two backends.
+            for rows in micro_batches_of(first_order):
+                logits = forward(actor, samples, rows)
+                old: Any = rk.token_logprob(
+                    logits, tokens[rows], temperature=config.temperature, backend=backend
+                )
+                logprob[rows] = old
+                out = rk.logprob_kl(
+                    logits,
+                    forward(reference, samples, rows),
+                    tokens[rows],
+                    temperature=config.temperature,
+                    backend=backend,
+                )
+                ref_logprob[rows], kl[rows], entropy[rows] = out.ref_logprob, out.kl, out.entropy
+                values[rows] = forward(critic, samples, rows)
+            rewards = rk.kl_shaped_rewards(
+                scores,
+                logprob,
+                ref_logprob,
+                mask,
+                kl_coef=state.kl_coef,
+                clip_score=config.clip_score,
+                backend=backend,
+            )
+            if config.whiten_rewards:
+                shaped = rk.masked_whiten(
+                    rewards, mask, shift_mean=False, unbiased=False, backend=backend
+                )
+            else:
+                shaped = rewards
+            advantages, returns = rk.gae(
+                shaped, values, mask, gamma=config.gamma, lam=config.lam, backend=backend
+            )
+            length = mask.sum() / len(chosen)
+            sampled = rk.kl_estimate(logprob, ref_logprob, kind="k1", backend=backend)
+            sums = {  # a masked mean over tokens times tokens a sequence is a mean over sequences
+                "reward": rk.masked_mean(rewards, mask, backend=backend) * length,
+                "kl": rk.masked_mean(kl, mask, backend=backend) * length,
+                "kl_sampled": rk.masked_mean(sampled, mask, backend=backend) * length,
+                "entropy": rk.masked_mean(entropy, mask, backend=backend),
+            }
+        metrics = {
+            "score": judged.mean().item(),
+            **{name: number.item() for name, number in sums.items()},
+            "length": length.item(),
+            "eos_rate": samples.ended.float().mean().item(),
+        }
+        return Rollout(samples, tokens, logprob, values, advantages, returns), metrics
+
+    def update(rollout: Rollout, rows: Tensor) -> list[Any]:
+        """One optimiser step on a minibatch: PolicyStats, ValueStats, policy loss, value loss."""
+        mask = rollout.samples.mask
+        tokens = mask[rows].sum()
+        advantages = rk.masked_whiten(
+            rollout.advantages[rows], mask[rows], unbiased=False, backend=backend
+        )
+        results = []
+        optimizer.zero_grad()
+        for micro, advantage in zip(
+            rows.split(config.micro_batch_size),
+            advantages.split(config.micro_batch_size),
+            strict=True,
+        ):
+            logprob: Any = rk.token_logprob(
+                forward(actor, rollout.samples, micro),
+                rollout.tokens[micro],
+                temperature=config.temperature,
+                inplace_backward=True,
+                backend=backend,
+            )
+            policy_loss, policy_stats = rk.policy_loss(
+                logprob,
+                rollout.logprob[micro],
+                advantage,
+                mask[micro],
+                clip_low=config.clip,
+                normalizer=tokens,
+                backend=backend,
+            )
+            accelerator.backward(policy_loss)
+            value_loss, value_stats = rk.value_loss(
+                forward(critic, rollout.samples, micro),
+                rollout.values[micro],
+                rollout.returns[micro],
+                mask[micro],
+                clip=config.value_clip,
+                normalizer=tokens,
+                backend=backend,
+            )
+            accelerator.backward(config.value_coef * value_loss)
+            results.append((policy_stats, value_stats, policy_loss.detach(), value_loss.detach()))
+        if config.max_grad_norm:
+            # Apart: the two networks share nothing, and a large value gradient must not slow the
+            # policy.
+            accelerator.clip_grad_norm_(actor.parameters(), config.max_grad_norm)
+            accelerator.clip_grad_norm_(critic.parameters(), config.max_grad_norm)
+        optimizer.step()
+        return [reduce(add, parts) for parts in zip(*results, strict=True)]
+
+    while state.step < total:
+        iteration_began = time.perf_counter()
+        chosen: list[int] = []
+        for episode in range(state.step * config.batch_size, (state.step + 1) * config.batch_size):
+            epoch, k = divmod(episode, len(encoded))
+            if k == 0 or not chosen:
+                order = shuffled(len(encoded), config.seed, epoch, "prompts")
+            chosen.append(order[k])
+        passes = [
+            torch.tensor(shuffled(config.batch_size, config.seed, epoch, "minibatches")).to(device)
+            for epoch in range(
+                state.step * config.inner_epochs, (state.step + 1) * config.inner_epochs
+            )
+        ]
+        with clock.step():
+            rollout, metrics = explore(chosen, passes[0])
+            with clock.kernels():
+                results = [update(rollout, rows) for order in passes for rows in order.split(size)]
+        policy_stats, value_stats, policy_loss, value_loss = (
+            reduce(add, parts) for parts in zip(*results, strict=True)
+        )
+        state.step += 1
+        metrics |= {
+            "episodes": state.step * config.batch_size,
+            "kl_coef": state.kl_coef,
+            "clip_frac": policy_stats.clip_frac.item(),
+            "approx_kl": policy_stats.approx_kl.item(),
+            "ratio_max": policy_stats.ratio_max.item(),
+            "first_approx_kl": results[0][0].approx_kl.item(),  # 0: the first step's ratio is 1
+            "policy_loss": policy_loss.item() / len(results),
+            "value_loss": value_loss.item() / len(results),
+            "value_clip_frac": value_stats.clip_frac.item(),
+            "explained_variance": value_stats.explained_variance.item(),
+            "lr": scheduler.get_last_lr()[0],
+            "seconds": time.perf_counter() - iteration_began,
+        }
+        scheduler.step()
+        if config.kl_target is not None:
+            error = metrics["kl"] / config.kl_target - 1
+            error = min(max(error, -KL_ERROR_BOUND), KL_ERROR_BOUND)
+            state.kl_coef *= 1 + error * config.batch_size / config.kl_horizon
+        log.write(state.step, **metrics)
+        bar.set_postfix(
+            score=f"{metrics['score']:.3f}",
+            kl=f"{metrics['kl']:.2f}",
+            episodes_per_s=int(config.batch_size / metrics["seconds"]),
+            refresh=False,
+        )
+        bar.update()
+        if config.save_every and state.step % config.save_every == 0:
+            state.save()
+
+    bar.close()
+    log.close()
+    actor, critic = (accelerator.unwrap_model(m, keep_fp32_wrapper=False) for m in (actor, critic))
+    folder = config.output / "model"
+    for name, model in (("model", actor), ("value", critic)):
+        replace_folder(config.output / name, partial(save_model, model, tokenizer))
+    if config.plot:
+        plot(log.history, config.output / "curves.png")
+    kernels = clock.report()
+    write_json(config.output / "kernels.json", kernels)
+    seconds = time.perf_counter() - began
+    return PPOResult(actor, critic, tokenizer, folder, log.history, kernels, seconds)

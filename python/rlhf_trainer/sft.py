@@ -1,0 +1,224 @@
+"""Stage 1: supervised fine-tuning.
+
+In, as InstructGPT does it (arXiv 2203.02155, appendix C.1): cross entropy on the response tokens
+alone, Adam with betas (0.9, 0.95), a cosine to a tenth of the peak without warm-up, residual
+dropout, many epochs. Out: choosing the checkpoint by reward-model score (there is no reward model
+yet: the held-out loss chooses, and ends the training once it no longer falls); the 10 % of
+pretraining text that is mixed in before PPO; several processes; packing. Multi-turn chats train the
+last turn of the assistant only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import rlhf_kernels as rk
+from rlhf_trainer.config import ConfigError, SFTConfig
+from rlhf_trainer.data import (
+    Demonstration,
+    collate,
+    encode_demonstrations,
+    fingerprint,
+    micro_batches,
+    read_demonstrations,
+    shuffled,
+    split,
+)
+from rlhf_trainer.metrics import KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.model import (
+    check_length,
+    checked_tokenizer,
+    completion_logits,
+    load_causal_lm,
+    load_tokenizer,
+    load_weights,
+    save_model,
+    set_dropout,
+    train_tokenizer,
+)
+from rlhf_trainer.state import (
+    RunState,
+    adam,
+    backend_of,
+    cosine,
+    replace_folder,
+    start,
+    write_json,
+)
+
+
+@dataclass
+class SFTResult:
+    """A finished run. `model` holds the weights that `folder` holds; `kernels` is what
+    KernelClock.report gives."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    history: list[dict[str, Any]]
+    best: dict[str, float]
+    kernels: dict[str, Any]
+    seconds: float
+
+
+def train_sft(
+    config: SFTConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train: Sequence[Demonstration] | None = None,
+    heldout: Sequence[Demonstration] | None = None,
+    on_step: OnStep | None = None,
+) -> SFTResult:
+    """Fine-tune `model` in place; what is None is read from what the config names.
+
+    `heldout` None holds out config.heldout_share of `train`; an empty one turns evaluation off, and
+    then the last weights are kept. Raises ConfigError or DataError before any training.
+    """
+    began = time.perf_counter()
+    folder = config.output / "model"
+    accelerator = start(config)
+    backend, device = backend_of(config), accelerator.device
+
+    tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
+    if train is None:
+        train = read_demonstrations(config.require_given("train_file"), tokenizer)
+    if heldout is None and config.heldout_file is not None:
+        heldout = read_demonstrations(config.heldout_file, tokenizer)
+    if heldout is None:
+        train, heldout = split(train, [e.prompt for e in train], config.heldout_share, config.seed)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(text for e in train for text in (e.prompt, e.response))
+    tokenizer = checked_tokenizer(tokenizer)
+    if model is None:
+        model = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
+    rows, held = (
+        [
+            row
+            for row in encode_demonstrations(tokenizer, examples, config.max_response_tokens)
+            if len(row.prompt) <= config.max_prompt_tokens
+        ]
+        for examples in (train, heldout)
+    )
+    if not rows:
+        raise ConfigError(
+            f"max_prompt_tokens: expected a prompt that fits, got {len(train)} longer ones"
+        )
+    check_length(model, max(len(row.prompt) + len(row.response) for row in rows + held))
+    dropped = len(train) + len(heldout) - len(rows) - len(held)
+    print(
+        f"sft: {len(rows)} demonstrations, {len(held)} held out, {dropped} dropped (long prompts)"
+    )
+
+    per_epoch = math.ceil(len(rows) / config.batch_size)
+    total = config.epochs * per_epoch
+    set_dropout(model, config.dropout)
+    lm, pad = accelerator.prepare_model(model), tokenizer.pad_token_id
+    groups = [{"params": list(lm.parameters()), "lr": config.learning_rate}]
+    optimizer = accelerator.prepare_optimizer(adam(config, groups, device))
+    scheduler = LambdaLR(optimizer, cosine(total, config.warmup_steps, config.lr_floor))
+    state = RunState(
+        config, tokenizer, {"model": lm}, optimizer, scheduler, fingerprint((rows, held))
+    )
+    state.resume()
+    log = MetricsLog(config.output, "sft", state.step, on_step)
+    clock = KernelClock(config.profile_steps, config.backend, device)
+    bar = tqdm(
+        total=total, initial=state.step, desc="sft", unit="step", disable=not config.progress
+    )
+
+    def evaluate() -> float:
+        lm.eval()
+        total = torch.zeros((), device=device)
+        with torch.no_grad():
+            for micro in micro_batches(held, config.micro_batch_size):
+                batch = collate(micro, pad).to(device)
+                logprob: Any = rk.token_logprob(
+                    completion_logits(lm, batch), batch.labels, backend=backend
+                )
+                total += logprob.sum()
+        return -total.item() / sum(len(row.response) for row in held)
+
+    while state.step < total and not 0 < config.patience <= state.stale:
+        epoch, k = divmod(state.step, per_epoch)
+        order = shuffled(len(rows), config.seed, epoch, "examples")
+        batch_rows = [rows[i] for i in order[k * config.batch_size :][: config.batch_size]]
+        # The mean is over the tokens of the whole batch: a mean per micro-batch would weigh short
+        # ones too much.
+        tokens = sum(len(row.response) for row in batch_rows)
+        step_began = time.perf_counter()
+        lm.train()
+        loss = torch.zeros((), device=device)
+        with clock.step(), clock.kernels():
+            optimizer.zero_grad()
+            for micro in micro_batches(batch_rows, config.micro_batch_size):
+                batch = collate(micro, pad).to(device)
+                logprob: Any = rk.token_logprob(
+                    completion_logits(lm, batch),
+                    batch.labels,
+                    inplace_backward=True,
+                    backend=backend,
+                )
+                part = -logprob.sum() / tokens
+                accelerator.backward(part)
+                loss += part.detach()
+            if config.max_grad_norm:
+                accelerator.clip_grad_norm_(lm.parameters(), config.max_grad_norm)
+            lr = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+        state.step += 1
+        metrics: dict[str, Any] = {
+            "epoch": state.step / per_epoch,
+            "loss": loss.item(),
+            "lr": lr,
+            "tokens": tokens,
+        }
+        metrics["seconds"] = time.perf_counter() - step_began
+        if held and (state.step % (config.eval_every or per_epoch) == 0 or state.step == total):
+            metrics["heldout_loss"] = evaluate()
+            state.stale += 1
+            if metrics["heldout_loss"] < state.best_loss:
+                state.best_loss, state.best_step, state.stale = (
+                    metrics["heldout_loss"],
+                    state.step,
+                    0,
+                )
+                if config.keep == "best":
+                    replace_folder(folder, partial(save_model, lm, tokenizer))
+        log.write(state.step, **metrics)
+        bar.set_postfix(
+            loss=f"{metrics['loss']:.3f}",
+            tokens_per_s=int(tokens / metrics["seconds"]),
+            refresh=False,
+        )
+        bar.update()
+        if config.save_every and state.step % config.save_every == 0:
+            state.save()
+
+    bar.close()
+    log.close()
+    lm = accelerator.unwrap_model(lm, keep_fp32_wrapper=False)
+    if config.keep == "best" and state.best_step:
+        load_weights(lm, folder)
+    else:
+        replace_folder(folder, partial(save_model, lm, tokenizer))
+    lm.eval()
+    if config.plot:
+        plot(log.history, config.output / "curves.png")
+    kernels = clock.report()
+    write_json(config.output / "kernels.json", kernels)
+    best = {"loss": state.best_loss, "step": state.best_step}
+    seconds = time.perf_counter() - began
+    return SFTResult(lm, tokenizer, folder, log.history, best, kernels, seconds)

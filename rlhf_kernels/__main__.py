@@ -1,0 +1,160 @@
+"""``python -m rlhf_kernels``: what runs on this machine, why the rest does not, and a self-check.
+
+The self-check runs every operator on every backend that is available, on its float32 samples,
+forward and gradient, against the reference in float64, in seconds. Exit status 1: an error is above
+twice that of the plain formula (the reference in float32) plus the operator's absolute term.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import __version__, build_info
+from rlhf_kernels.backend import BACKENDS, why_not
+from rlhf_kernels.opspec import Inputs, Maker, OpSpec
+from rlhf_kernels.specs import SPECS
+
+DEVICE = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+def versions() -> list[tuple[str, str]]:
+    """Name and value of everything that a bug report should say."""
+    lines = [("rlhf_kernels", __version__), ("python", platform.python_version())]
+    lines.append(("torch", torch.__version__))
+    if importlib.util.find_spec("triton"):
+        lines.append(("triton", importlib.import_module("triton").__version__))
+    lines.append(("processor", f"{_processor()}, {torch.get_num_threads()} threads"))
+    for index in range(torch.cuda.device_count()):
+        lines.append((f"cuda:{index}", torch.cuda.get_device_name(index)))
+    lines += [(f"build {name}", str(value) or "none") for name, value in build_info().items()]
+    names = ("RLHF_KERNELS_BACKEND", "RLHF_KERNELS_SIMD")
+    return lines + [(name, os.environ[name]) for name in names if name in os.environ]
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def availability() -> list[str]:
+    """Operator x backend: "yes", or the number of the reason below the table."""
+    notes: list[str] = []
+    rows = [["operator", *BACKENDS]]
+    for spec in SPECS:
+        reasons = [why_not(spec.name, backend) for backend in BACKENDS]
+        rows.append([spec.name, *(_noted("no", r, notes) if r else "yes" for r in reasons)])
+    return _columns(rows) + _numbered(notes)
+
+
+def self_check() -> tuple[list[str], bool]:
+    """Operator x backend: the largest error; and whether all are as small as they must be."""
+    notes: list[str] = []
+    backends = [b for b in BACKENDS if any(why_not(spec.name, b) is None for spec in SPECS)]
+    rows = [["operator", *backends]]
+    for spec in SPECS:
+        cells = [spec.name]
+        for backend in backends:
+            if why_not(spec.name, backend):
+                cells.append("-")
+                continue
+            worst, failure = _check(spec, backend)
+            cells.append(_noted("FAILED", failure, notes) if failure else f"ok {worst:.1e}")
+        rows.append(cells)
+    return _columns(rows) + _numbered(notes), not notes
+
+
+def _check(spec: OpSpec, backend: str) -> tuple[float, str]:
+    """The largest error over the samples, and what went wrong, if anything."""
+    worst = 0.0
+    for sample in spec.samples(Maker(DEVICE[backend])):
+        case = f"{spec.name}, {backend}, {sample.why!r}"
+        double = {
+            name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in sample.inputs.items()
+        }
+        try:
+            got = _run(spec, sample.inputs, backend)
+            plain = _run(spec, sample.inputs, "reference")
+            truth = _run(spec, double, "reference")
+        except Exception as failure:  # is reported; the other operators are still checked
+            return worst, f"{case}: {type(failure).__name__}: {failure}"
+        for i, (a, b, t) in enumerate(zip(got, plain, truth, strict=True)):
+            error, plain_error = _error(a, t), _error(b, t)
+            allowed = spec.atol + (2 * plain_error if math.isfinite(plain_error) else 0.0)
+            worst = max(worst, error)
+            if not error <= allowed:
+                return worst, f"{case}, result {i}: error {error:.2e}, allowed {allowed:.2e}"
+    return worst, ""
+
+
+def _run(spec: OpSpec, inputs: Inputs, backend: str) -> list[Tensor]:
+    """Outputs of one call, then the gradients of the first output, weighted unevenly."""
+    leaves = {
+        name: inputs[name].detach().clone().requires_grad_()
+        for name in spec.differentiable
+        if isinstance(inputs.get(name), Tensor)
+    }
+    outputs = _flat(spec.function(**{**inputs, **leaves}, backend=backend))
+    first, results = outputs[0], [out.detach() for out in outputs]
+    if not first.requires_grad:
+        return results
+    weight = torch.linspace(-1, 2, first.numel()).to(first).reshape(first.shape)
+    wanted = list(leaves.values())
+    return results + list(
+        torch.autograd.grad(first, wanted, weight, allow_unused=True, materialize_grads=True)
+    )
+
+
+def _flat(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else [x for part in output for x in _flat(part)]
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    """Largest difference; infinite where NaN or infinities stand in different places."""
+    rounded = truth.to(got.dtype)  # what is too large for float32 is infinite there
+    same = (got == rounded) | (got.isnan() & rounded.isnan())
+    error = torch.where(same, 0.0, torch.inf)
+    error = torch.where(got.isfinite() & rounded.isfinite(), (got - truth.double()).abs(), error)
+    return float(error.max()) if error.numel() else 0.0
+
+
+def _noted(text: str, note: str, notes: list[str]) -> str:
+    if note not in notes:
+        notes.append(note)
+    return f"{text} [{notes.index(note) + 1}]"
+
+
+def _numbered(notes: Sequence[str]) -> list[str]:
+    return [f"  [{number}] {note}" for number, note in enumerate(notes, 1)]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return [f"  {line}".rstrip() for line in lines]
+
+
+def main() -> int:
+    print(*_columns(versions()), "", sep="\n")
+    print("Which backend runs which operator:", *availability(), "", sep="\n")
+    lines, good = self_check()
+    print("Self-check, largest error against float64 (float32, forward and gradient):")
+    print(*lines, "", "all checks passed" if good else "a check FAILED", sep="\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

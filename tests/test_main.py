@@ -1,0 +1,79 @@
+"""``python -m rlhf_kernels``: the report says what is there, and a wrong number turns it red."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlhf_kernels
+from rlhf_kernels import __main__ as report
+from rlhf_kernels.backend import why_not
+from rlhf_kernels.specs import SPECS
+from rlhf_kernels.token_logprob import SPEC
+
+
+def test_every_cpu_kernel_is_built():
+    """The other tests skip a backend that is missing; this one says that none may be."""
+    assert {spec.name: why_not(spec.name, "cpu") for spec in SPECS} == dict.fromkeys(
+        (spec.name for spec in SPECS), None
+    )
+
+
+def test_report_of_a_sound_installation(capsys):
+    status = report.main()
+    text = capsys.readouterr().out
+    assert status == 0, text
+    assert text.endswith("all checks passed\n")
+    assert torch.__version__ in text and rlhf_kernels.__version__ in text
+    assert f"build simd                {rlhf_kernels.build_info()['simd']}" in text
+    for spec in SPECS:
+        available, checked = (
+            line.split() for line in text.splitlines() if f" {spec.name} " in line
+        )
+        assert available[1:3] == ["yes", "yes"]
+        assert checked[1::2] == ["ok", "ok"]
+        for backend, cell, number in zip(
+            ("triton", "cuda"), available[3::2], available[4::2], strict=True
+        ):
+            assert cell == "no"
+            assert f"  {number} {why_not(spec.name, backend)}\n" in text
+
+
+def wrong_on_cpu(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """token_logprob whose cpu backend passes its result through ``change``."""
+
+    def function(*, backend: str, **inputs: Any) -> Tensor:
+        out = SPEC.function(**inputs, backend=backend)
+        return change(out) if backend == "cpu" else out
+
+    return function
+
+
+def explode(x: Tensor) -> Tensor:
+    raise FloatingPointError("on purpose")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x + 1e-4, "error 1.0"),
+        (lambda x: x * torch.where(x == 0, torch.nan, 1.0), "error inf"),
+        (lambda x: x + 0.01 * (x - x.detach()), "error"),  # right value, wrong gradient
+        (explode, "FloatingPointError: on purpose"),
+    ],
+    ids=["value", "nan", "gradient", "exception"],
+)
+def test_a_wrong_result_turns_the_check_red(monkeypatch, capsys, change, message):
+    broken = dataclasses.replace(SPEC, function=wrong_on_cpu(change))
+    gae = next(spec for spec in SPECS if spec.name == "gae")
+    monkeypatch.setattr(report, "SPECS", (broken, gae))
+    assert report.main() == 1
+    text = capsys.readouterr().out
+    assert text.endswith("a check FAILED\n")
+    assert "FAILED [1]" in text and "  [1] token_logprob, cpu, " in text and message in text
+    assert any(line.split()[:2] == ["gae", "ok"] for line in text.splitlines())

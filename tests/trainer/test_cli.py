@@ -1,0 +1,152 @@
+"""Command line, YAML and the checks of options."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlhf_trainer
+from rlhf_trainer.cli import main, parse
+from rlhf_trainer.config import ConfigError, PPOConfig, RewardConfig, SFTConfig, load_yaml
+
+
+def test_usage_names_the_stages(capsys):
+    main([])
+    usage = capsys.readouterr().out
+    assert all(f"\n  {stage} " in usage for stage in ("sft", "reward", "ppo", "demo"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_help_describes_every_option_without_loading_torch(stage):
+    code = (
+        "import sys; from rlhf_trainer.cli import main\n"
+        f"try: main(['{stage}', '--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert done.stdout.rstrip().endswith("False")
+    assert "InstructGPT, arXiv 2203.02155" in done.stdout
+    options = done.stdout.split("options")[1]
+    kind = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}[stage]
+    flat = " ".join(options.replace("│", " ").split())
+    for name in (field.name for field in dataclasses.fields(kind)):
+        # The option is followed by its description, not by its default alone.
+        text = flat.split(f"--{name.replace('_', '-')} ", 1)[-1].split("(default")[0]
+        assert len(text.split()) > 4, name
+
+
+def environment() -> dict[str, str]:
+    source = str(Path(rlhf_trainer.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": source, "COLUMNS": "100"}
+
+
+def test_yaml_is_overridden_by_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-4\nepochs: 3\ntrain_file: x.jsonl\nadam_betas: [0.8, 0.9]\n")
+    config = parse("sft", SFTConfig, ["--epochs", "5", "--config", str(path)])
+    assert (config.learning_rate, config.epochs) == (1e-4, 5)
+    assert config.train_file == Path("x.jsonl")
+    assert config.adam_betas == (0.8, 0.9)
+    assert config.config == path
+    assert config.batch_size == SFTConfig().batch_size
+    assert parse("sft", SFTConfig, [f"--config={path}"]).epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; expected one of config, output"),
+        ("epochs: many", "epochs: expected int, got 'many'"),
+        ("epochs: 1.5", "epochs: expected int, got 1.5"),
+        ("epochs: true", "epochs: expected int, got True"),
+        ("learning_rate: [1]", r"learning_rate: expected float, got \[1\]"),
+        ("resume: 'yes'", "resume: expected bool, got 'yes'"),
+        ("keep: first", r"keep: expected Literal\['best', 'last'\], got 'first'"),
+        ("adam_betas: [0.9]", r"adam_betas: expected tuple\[float, float\], got \[0.9\]"),
+        ("train_file: 3", "train_file: expected Path, got 3"),
+        ("- epochs", "expected a mapping of options, got list"),
+        ("a: b: c", "cannot be read as YAML"),
+    ],
+)
+def test_bad_yaml_names_file_and_key(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"run\.yaml: {message}"):
+        load_yaml(SFTConfig, path)
+
+
+def test_yaml_none_and_empty(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("missing_eos_score: null\nkl_target: 6\n")
+    config = load_yaml(PPOConfig, path)
+    assert (config.missing_eos_score, config.kl_target) == (None, 6.0)
+    path.write_text("")
+    assert load_yaml(PPOConfig, path) == PPOConfig()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SFTConfig(epochs=0), "epochs: expected an integer >= 1, got 0"),
+        (SFTConfig(learning_rate=-1.0), "learning_rate: expected a number > 0, got -1.0"),
+        (SFTConfig(adam_betas=(0.9, 1.0)), "adam_betas: expected two numbers in"),
+        (SFTConfig(dropout=1.0), "dropout: expected a number in"),
+        (RewardConfig(heldout_share=1.0), "heldout_share: expected a number in"),
+        (PPOConfig(batch_size=10, minibatches=3), "minibatches: expected a divisor of batch_size"),
+        (PPOConfig(episodes=100), "episodes: expected at least batch_size"),
+        (PPOConfig(kl_target=0.0), "kl_target: expected a number > 0, or none, got 0.0"),
+        (PPOConfig(missing_eos_penalty=1.0), "missing_eos_penalty: expected 0 unless"),
+        (PPOConfig(temperature=0.0), "temperature: expected a number > 0, got 0.0"),
+    ],
+)
+def test_options_are_checked(config, message):
+    with pytest.raises(ConfigError, match=message):
+        config.validate()
+
+
+@pytest.mark.parametrize("config", [SFTConfig(), RewardConfig(), PPOConfig()])
+def test_defaults_pass_their_own_checks(config):
+    config.validate()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fly"], "expected sft, reward, ppo or demo, got 'fly'"),
+        (["sft", "--epochs", "0"], "epochs: expected an integer >= 1, got 0"),
+        (["sft", "--output", "OUT"], "model: expected a folder"),
+        (
+            ["sft", "--output", "OUT", "--model", "scratch:gpt2-tiny"],
+            "train_file: expected a value",
+        ),
+        (
+            ["sft", "--output", "OUT", "--model", "scratch:gpt2-tiny", "--train-file", "BAD"],
+            r"bad\.jsonl:2: missing key 'response'",
+        ),
+        (["ppo", "--output", "OUT", "--model", "scratch:gpt2-tiny"], "expected a trained model"),
+        (["sft", "--output", "OUT", "--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_mistakes_end_with_a_message(args, message, tmp_path, write_lines):
+    bad = write_lines("bad.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a"}])
+    places = {"OUT": str(tmp_path / "out"), "BAD": str(bad)}
+    with pytest.raises(SystemExit, match=message) as caught:
+        main([*(places.get(arg, arg) for arg in args), "--device", "cpu"])
+    assert str(caught.value).startswith(f"rlhf-train {args[0]}: ")
+
+
+def test_a_run_is_not_overwritten(tmp_path, sft_config):
+    from rlhf_trainer.state import start
+
+    config = sft_config()
+    config.output.mkdir()
+    (config.output / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="output: expected a folder without a run"):
+        start(config)

@@ -1,0 +1,246 @@
+"""Data files, tokens and batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_trainer.config import DataError
+from rlhf_trainer.data import (
+    IGNORE,
+    Demonstration,
+    Encoded,
+    Ranking,
+    collate,
+    comparison,
+    encode_demonstrations,
+    encode_prompts,
+    encode_rankings,
+    encode_responses,
+    left_pad,
+    positions,
+    read_demonstrations,
+    read_prompts,
+    read_rankings,
+    shuffled,
+    split,
+)
+
+CHAT = [
+    {"role": "user", "content": "say a"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "say b"},
+    {"role": "assistant", "content": "b"},
+]
+GOOD = {"prompt": "say a", "response": "a"}
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
+def test_read_demonstrations(write_lines, name):
+    path = write_lines(name, [GOOD, "", {"prompt": "say ü", "response": "ü", "id": 7}])
+    assert read_demonstrations(path) == [Demonstration("say a", "a"), Demonstration("say ü", "ü")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ({"prompt": "say a"}, "missing key 'response'; the line has 'prompt'"),
+        ({"prompt": 3, "response": "a"}, "prompt: expected a string, got int"),
+        ({"prompt": "say a", "response": ""}, "response: expected text, got an empty string"),
+        ({"messages": []}, "messages: expected a list of one or more"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\].content: expected a string, got None"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, r"messages\[0\].role: expected system"),
+        ({"messages": CHAT[:3]}, "expected the last one from the assistant, got one from 'user'"),
+    ],
+)
+def test_bad_demonstration_names_file_line_and_fault(write_lines, line, message):
+    path = write_lines("data.jsonl", [GOOD, line, GOOD])
+    with pytest.raises(DataError, match=rf"data\.jsonl:2: .*{message}"):
+        read_demonstrations(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            {"prompt": "p", "completions": ["a"], "ranks": [1]},
+            "completions: expected a list of two",
+        ),
+        ({"prompt": "p", "completions": ["a", ""], "ranks": [1, 2]}, r"completions\[1\]"),
+        ({"prompt": "p", "completions": ["a", "b"], "ranks": [1]}, "ranks: expected a list of 2"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "ranks": [1, "2"]},
+            r"ranks\[1\]: expected a n",
+        ),
+        (
+            {"prompt": "p", "completions": ["a", "b"]},
+            "ranks: expected a list of 2 numbers, got None",
+        ),
+        ({"prompt": "p", "chosen": "a"}, "missing key 'rejected'"),
+        ({"chosen": "a b", "rejected": "a c"}, "expected transcripts that share a prefix"),
+    ],
+)
+def test_bad_ranking_names_file_line_and_fault(write_lines, line, message):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    path = write_lines("data.jsonl", [good, good, line])
+    with pytest.raises(DataError, match=rf"data\.jsonl:3: .*{message}"):
+        read_rankings(path)
+
+
+def test_all_bad_lines_are_counted(write_lines):
+    path = write_lines("data.jsonl", [GOOD, *["{"] * 8])
+    with pytest.raises(DataError) as caught:
+        read_demonstrations(path)
+    lines = str(caught.value).splitlines()
+    assert [f"{path}:{k}:" in lines[k - 2] for k in range(2, 7)] == [True] * 5
+    assert lines[5] == "and 3 more bad lines"
+
+
+def test_unreadable_files(write_lines, tmp_path):
+    whole = write_lines("data.jsonl.gz", [GOOD] * 50).read_bytes()
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(whole[:-12])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz: cannot be read after line"):
+        read_demonstrations(cut)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_demonstrations(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="no examples"):
+        read_demonstrations(write_lines("empty.jsonl", []))
+
+
+def test_read_comparisons_and_rankings(write_lines):
+    path = write_lines(
+        "data.jsonl",
+        [
+            {"prompt": "p", "chosen": "a", "rejected": "b"},
+            {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 1, 2.5]},
+        ],
+    )
+    assert read_rankings(path) == [
+        Ranking("p", ("a", "b"), (0.0, 1.0)),
+        Ranking("p", ("a", "b", "c"), (2.0, 1.0, 2.5)),
+    ]
+
+
+def test_read_hh_transcripts(write_lines):
+    opening = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
+    rows = [
+        {"chosen": f"{opening} so long", "rejected": f"{opening} so what"},
+        # Different answers to the first turn: the cut is before them, further turns follow.
+        {
+            "chosen": "\n\nHuman: hi\n\nAssistant: yes\n\nHuman: ok\n\nAssistant: fine",
+            "rejected": "\n\nHuman: hi\n\nAssistant: no",
+        },
+        # One answer continues the other.
+        {"chosen": f"{opening} yes.", "rejected": f"{opening} yes"},
+    ]
+    first, second, third = read_rankings(write_lines("data.jsonl", rows))
+    assert first == comparison(opening, " so long", " so what")
+    assert second.prompt == "\n\nHuman: hi\n\nAssistant:"
+    assert second.completions[1] == " no"
+    assert third == comparison(opening, " yes.", " yes")
+
+
+def test_read_chats_without_and_with_a_template(write_lines, tokenizer):
+    path = write_lines("data.jsonl", [{"messages": CHAT}])
+    plain = Demonstration("\n\nHuman: say a\n\nAssistant: a\n\nHuman: say b\n\nAssistant:", " b")
+    assert read_demonstrations(path) == [plain]
+    assert read_demonstrations(path, tokenizer) == [plain]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} <eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    (templated,) = read_demonstrations(path, tokenizer)
+    prompt = "user say a <eos>\nassistant a <eos>\nuser say b <eos>\nassistant "
+    assert templated == Demonstration(prompt, "b <eos>\n")
+    # The template closes the turn: there is one eos, not two, and no newline behind it.
+    assert encode_responses(tokenizer, [templated.response], 9) == [
+        tokenizer.convert_tokens_to_ids(["b", "<eos>"])
+    ]
+
+
+def test_read_prompts(write_lines):
+    path = write_lines("data.jsonl", [{"prompt": "say a"}, {"messages": CHAT[:1]}])
+    assert read_prompts(path) == ["say a", "\n\nHuman: say a\n\nAssistant:"]
+    with pytest.raises(DataError, match=r":1: messages: expected the last one before"):
+        read_prompts(write_lines("bad.jsonl", [{"messages": CHAT}]))
+
+
+def test_responses_end_with_one_eos_unless_cut(tokenizer):
+    a, eos = tokenizer.convert_tokens_to_ids(["a", "<eos>"])
+    texts = ["a", "a a", "a a a", ""]
+    assert encode_responses(tokenizer, texts, 3) == [[a, eos], [a, a, eos], [a, a, a], [eos]]
+    assert encode_responses(tokenizer, texts[:1], 3, eos=False) == [[a]]
+
+
+def test_prompts_carry_one_bos_and_no_eos(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    say, a, bos, eos = tokenizer.convert_tokens_to_ids(["say", "a", "good", "<eos>"])
+    tokenizer.bos_token = "good"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="good $A <eos>", special_tokens=[("good", bos), ("<eos>", eos)]
+    )
+    # The second text was written by a chat template that opens with bos itself.
+    encoded = encode_prompts(tokenizer, ["say a", "good say a"])
+    assert encoded == [[bos, say, a], [bos, say, a]]
+    with pytest.raises(DataError, match="expected text with tokens"):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+        encode_prompts(tokenizer, [" "])
+
+
+def test_rankings_are_encoded_best_first(tokenizer):
+    (group,) = encode_rankings(tokenizer, [Ranking("say", ("a", "b", "c"), (2, 3, 1))], 8)
+    assert group.ranks == [1, 2, 3]
+    expected = encode_demonstrations(tokenizer, [Demonstration("say", x) for x in "cab"], 8)
+    assert group.rows == expected
+
+
+@pytest.mark.parametrize("pad", [0, 9])  # 9 is also the eos of the responses
+def test_collate_labels_are_the_response_tokens(pad):
+    rows = [Encoded([3, 4, 5], [6, 9]), Encoded([3], [7, 8, 9]), Encoded([3, 4], [9])]
+    batch = collate(rows, pad)
+    assert batch.input_ids.tolist() == [
+        [3, 4, 5, 6, 9],
+        [3, 7, 8, 9, pad],
+        [3, 4, 9, pad, pad],
+    ]
+    assert batch.attention_mask.sum(1).tolist() == [5, 4, 3]
+    assert batch.columns.tolist() == [0, 1, 2, 3]
+    assert batch.labels.tolist() == [
+        [IGNORE, IGNORE, 6, 9],
+        [7, 8, 9, IGNORE],
+        [IGNORE, 9, IGNORE, IGNORE],
+    ]
+
+
+def test_collate_leaves_out_columns_that_no_row_needs():
+    batch = collate([Encoded([3, 4, 5], [6]), Encoded([3, 4, 5, 6], [7])], 0)
+    assert batch.columns.tolist() == [2, 3]
+    assert batch.labels.tolist() == [[6, IGNORE], [IGNORE, 7]]
+
+
+def test_left_padding_position_ids():
+    ids, mask = left_pad([[5], [6, 7, 8]], 0)
+    assert ids.tolist() == [[0, 0, 5], [6, 7, 8]]
+    right = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert positions(torch.cat([mask, right], 1)).tolist() == [
+        [0, 0, 0, 1, 2, 2],
+        [0, 1, 2, 3, 4, 5],
+    ]
+
+
+def test_split_shares_no_prompt(pairs):
+    train, held = split(pairs, [p.prompt for p in pairs], 0.3, seed=1)
+    assert {p.prompt for p in train}.isdisjoint(p.prompt for p in held)
+    assert len(train) + len(held) == len(pairs)
+    assert len({p.prompt for p in held}) == 2  # of 6
+    assert split(pairs, [p.prompt for p in pairs], 0.0, seed=1) == (pairs, [])
+
+
+def test_order_is_a_function_of_seed_epoch_and_stream():
+    assert shuffled(50, 1, 2, "x") == shuffled(50, 1, 2, "x")
+    others = [shuffled(50, 2, 2, "x"), shuffled(50, 1, 3, "x"), shuffled(50, 1, 2, "y")]
+    assert all(sorted(o) == list(range(50)) and o != shuffled(50, 1, 2, "x") for o in others)

@@ -1,0 +1,74 @@
+"""Metrics, curves and the kernel clock."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import rlhf_kernels as rk
+from rlhf_trainer.metrics import KernelClock, MetricsLog, plot
+
+
+def test_metrics_are_one_flushed_line_a_step(tmp_path):
+    seen: list[dict] = []
+    log = MetricsLog(tmp_path, "sft", 0, seen.append)
+    log.write(1, loss=2.0, nothing=float("nan"))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == log.history == seen
+    assert rows == [{"stage": "sft", "step": 1, "loss": 2.0, "nothing": None}]
+    log.close()
+
+
+def test_resumed_metrics_keep_the_lines_up_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"stage": "sft", "step": k, "loss": 1.0}) for k in (1, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"stage": "s')  # killed in the middle of a line
+    log = MetricsLog(tmp_path, "sft", 2, None)
+    log.write(3, loss=0.5)
+    log.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+    assert rows == log.history
+
+
+def test_plot(tmp_path):
+    rows = [{"stage": "sft", "step": k, "loss": 1 / k, "heldout": None} for k in (1, 2, 3)]
+    plot(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plot([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_kernel_clock(backend):
+    if backend == "cpu" and "error" in rk.build_info():
+        pytest.skip(f"no CPU kernels: {rk.build_info()['error']}")
+    clock = KernelClock(2, backend, torch.device("cpu"))
+    logits, tokens = torch.randn(64, 5000), torch.zeros(64, dtype=torch.long)
+    for _ in range(5):
+        with clock.step():
+            torch.randn(256, 256) @ torch.randn(256, 256)
+            with clock.kernels():
+                rk.token_logprob(logits, tokens, backend=backend)
+    report = clock.report()
+    assert report["backend"] == backend
+    assert report["steps"] == 2
+    assert report["step_ms"] > 0
+    if backend == "reference":
+        assert report["ops"] == {}
+        assert "no rlhf_kernels ops" in report["note"]
+    else:
+        (name,) = report["ops"]
+        assert name.startswith("rlhf_kernels::token_logprob")
+        assert 0 < report["ops"][name]["share"] < 1
+        assert report["share"] == pytest.approx(report["ops"][name]["share"])
+        expected = report["ops"][name]["share"] * report["step_ms"]
+        assert report["ops"][name]["ms_per_step"] == pytest.approx(expected)
+
+
+def test_kernel_clock_without_samples():
+    report = KernelClock(0, "auto", torch.device("cpu")).report()
+    assert report["ops"] == {}
+    assert report["note"] == "no step was sampled"
