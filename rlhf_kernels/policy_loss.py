@@ -14,7 +14,7 @@ from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
 from rlhf_kernels.kl_estimate import KINDS, kl_estimate_reference
-from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample
+from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
 
 OBJECTIVES = ("ppo", "cispo", "reinforce")  # the order of enum Objective in csrc/math/policy.h
 RATIO_LEVELS = ("token", "sequence")
@@ -196,14 +196,15 @@ def policy_loss(
         float(kl_coef),
         float(entropy_coef),
     )
-    inputs = (logprob, entropy, old_logprob, advantages, importance_weight, ref_logprob)
+    tensors = (old_logprob, advantages, importance_weight, ref_logprob)
+    constants = (*tensors, *reduction, *options, coefs)
     if chosen == "reference":
-        loss, stats = policy_loss_reference(*inputs, reduction, options)
+        loss, stats = policy_loss_reference(logprob, entropy, *tensors, reduction, options)
     elif torch.is_grad_enabled() and _wants_gradient(logprob, entropy):
-        loss, stats = _PolicyLoss.apply(*inputs, *reduction, *options, coefs)
+        loss, stats = _PolicyLoss.apply(logprob, entropy, constants)
     else:
         loss, stats, _, _ = torch.ops.rlhf_kernels.policy_loss_fwd(
-            *inputs, *reduction, *options, coefs, False, False
+            logprob, entropy, *constants, False, False
         )
     return loss, PolicyStats(*stats.unbind()[:5])
 
@@ -333,9 +334,9 @@ _backend.define(
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments):
+    def forward(ctx: Any, logprob, entropy, constants):  # in one tuple: autograd looks at each
         loss, totals, *coefficients = torch.ops.rlhf_kernels.policy_loss_fwd(
-            *arguments, *ctx.needs_input_grad[:2]
+            logprob, entropy, *constants, *ctx.needs_input_grad[:2]
         )
         ctx.save_for_backward(totals, *coefficients)
         ctx.mark_non_differentiable(totals)
@@ -345,7 +346,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad, _):
-        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        grads: list[Tensor | None] = [None] * 3
         if grad is not None:
             totals, *coefficients = ctx.saved_tensors
             for i, coefficient in enumerate(coefficients):
@@ -426,24 +427,14 @@ def _bench(make: Maker) -> Iterator[Sample]:
     yield Sample({**tensors, "old_logprob": old, "mask": make.mask(64, 1024)}, "64 x 1024")
 
 
-def _read(inputs: Inputs) -> int:
-    return sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
-
-
-def _coefficient(inputs: Inputs) -> int:
-    logprob = inputs["logprob"]
-    return logprob.numel() * checks.accumulation_dtype(logprob).itemsize
-
-
 SPEC = OpSpec(
     name="policy_loss",
     function=policy_loss,
     samples=_samples,
     bench=_bench,
     differentiable=("logprob", "entropy"),
-    bytes_forward=_read,
-    # the coefficient is written, read, and the gradient written
-    bytes_backward=lambda inputs: _read(inputs) + 3 * _coefficient(inputs),
+    # the coefficient is written, read, and the gradient written, in float32
+    bytes_backward=lambda inputs: total_bytes(inputs) + 12 * inputs["logprob"].numel(),
     # differences see the ratio that CISPO keeps from the gradient
     smooth=lambda inputs: inputs.get("objective") != "cispo",
 )

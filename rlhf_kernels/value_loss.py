@@ -13,7 +13,7 @@ from rlhf_kernels import aggregation as _aggregation
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
-from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample
+from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
 
 
 class ValueStats(NamedTuple):
@@ -108,7 +108,7 @@ def value_loss(
     if chosen == "reference":
         loss, totals = value_loss_reference(values, old_values, returns, reduction, bound)
     elif torch.is_grad_enabled() and values.requires_grad:
-        loss, totals = _ValueLoss.apply(values, old_values, returns, *reduction, bound)
+        loss, totals = _ValueLoss.apply(values, (old_values, returns, *reduction, bound))
     else:
         loss, totals, _ = torch.ops.rlhf_kernels.value_loss_fwd(
             values, old_values, returns, *reduction, bound, False
@@ -171,8 +171,8 @@ _backend.define(
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments):
-        loss, totals, coefficient = torch.ops.rlhf_kernels.value_loss_fwd(*arguments, True)
+    def forward(ctx: Any, values, constants):  # in one tuple: autograd looks at each argument
+        loss, totals, coefficient = torch.ops.rlhf_kernels.value_loss_fwd(values, *constants, True)
         ctx.save_for_backward(totals, coefficient)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
@@ -181,10 +181,9 @@ class _ValueLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad, _):
-        rest = (None,) * (len(ctx.needs_input_grad) - 1)
         if grad is None:
-            return None, *rest
-        return torch.ops.rlhf_kernels.value_loss_bwd(grad, *ctx.saved_tensors), *rest
+            return None, None
+        return torch.ops.rlhf_kernels.value_loss_bwd(grad, *ctx.saved_tensors), None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
@@ -223,22 +222,12 @@ def _bench(make: Maker) -> Iterator[Sample]:
     yield Sample({**tensors, "mask": make.mask(64, 1024)}, "64 x 1024")
 
 
-def _read(inputs: Inputs) -> int:
-    return sum(x.nbytes for x in inputs.values() if isinstance(x, Tensor))
-
-
-def _coefficient(inputs: Inputs) -> int:
-    values = inputs["values"]
-    return values.numel() * checks.accumulation_dtype(values).itemsize
-
-
 SPEC = OpSpec(
     name="value_loss",
     function=value_loss,
     samples=_samples,
     bench=_bench,
     differentiable=("values",),
-    bytes_forward=_read,
-    # the coefficient is written, read, and the gradient written
-    bytes_backward=lambda inputs: _read(inputs) + 3 * _coefficient(inputs),
+    # the coefficient is written, read, and the gradient written, in float32
+    bytes_backward=lambda inputs: total_bytes(inputs) + 12 * inputs["values"].numel(),
 )

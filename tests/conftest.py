@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,3 +32,22 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
     if reason := why_not("token_logprob", name):
         pytest.skip(f"backend {name}: {reason}")
     return name
+
+
+class _Lacking(pytest.Collector):
+    """Stands for a folder of tests whose packages this interpreter lacks."""
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(f"the trainer needs {', '.join(_lacking())}")
+
+
+def _lacking() -> list[str]:
+    needed = "accelerate matplotlib numpy safetensors tokenizers tqdm transformers tyro yaml"
+    return [name for name in needed.split() if find_spec(name) is None]
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Skip the trainer's tests as a whole where the extra ``train`` is not installed."""
+    if path == Path(__file__).parent / "trainer" and _lacking():
+        return _Lacking.from_parent(parent, name=path.name)
+    return None

@@ -30,6 +30,9 @@ struct PolicyLossArgs {
 
 namespace RK_SIMD {
 
+// Steps whose statistics are added up in float32 before they go on in float64.
+inline constexpr int kFewSteps = 8;
+
 template <class T>
 static PolicySums forward_block(const PolicyLossArgs& a, const Block& block) {
   using V = typename Compute<T>::V;
@@ -38,6 +41,7 @@ static PolicySums forward_block(const PolicyLossArgs& a, const Block& block) {
   const V clamp = splat<V>(a.clamp), weight = splat<V>(a.weight ? a.weight[block.sequence] : 1.0);
   const V kl_coef = splat<V>(a.kl_coef), entropy_coef = splat<V>(a.entropy_coef);
   V losses = zero, counts = zero, clips = zero, most = zero, slopes = zero;
+  V few_kls = zero, few_ratios = zero;
   Wide<V> kls{}, ratios{};
   const auto step = [&](int64_t i, int n) RK_INLINE {
     const auto valid = valid_step(a.mask, i, n, V{});
@@ -45,7 +49,7 @@ static PolicySums forward_block(const PolicyLossArgs& a, const Block& block) {
     const V advantage = load_valid<T>(a.advantages, i, n, valid);
     const V raw = a.old_logprob ? logprob - load_valid<T>(a.old_logprob, i, n, valid) : zero;
     const V x = min(clamp, max(-clamp, raw)), exp_x = exp(x);
-    kls += widen(select(valid, exp_remainder(x, exp_x), zero));
+    few_kls += select(valid, exp_remainder(x, exp_x), zero);
 
     const V ratio = a.ratio ? splat<V>(a.ratio[block.sequence]) : exp_x;
     PolicyTerm<V> term;
@@ -74,7 +78,7 @@ static PolicySums forward_block(const PolicyLossArgs& a, const Block& block) {
 
     losses += select(valid, term.loss, zero);
     counts += select(valid, one, zero);
-    ratios += widen(select(valid, ratio, zero));
+    few_ratios += select(valid, ratio - one, zero);  // near 0: little is rounded away
     most = max(most, select(valid, ratio, zero));
     if (a.objective != Objective::reinforce)
       clips += select(clip_binds(advantage, ratio, low, high), one, zero);
@@ -85,10 +89,17 @@ static PolicySums forward_block(const PolicyLossArgs& a, const Block& block) {
                  select(valid, -weight * entropy_coef, zero), n);
   };
   int64_t i = block.begin;
-  for (; i + lanes<V> <= block.end; i += lanes<V>) step(i, lanes<V>);
+  for (int steps = 1; i + lanes<V> <= block.end; i += lanes<V>, ++steps) {
+    step(i, lanes<V>);
+    if (steps % kFewSteps == 0) {
+      kls += widen(few_kls), ratios += widen(few_ratios);
+      few_kls = few_ratios = zero;
+    }
+  }
   if (i < block.end) step(i, static_cast<int>(block.end - i));
+  kls += widen(few_kls), ratios += widen(few_ratios);
   const double count = sum_lanes(counts);
-  const double ratio = a.ratio ? a.ratio[block.sequence] * count : sum_lanes(ratios);
+  const double ratio = a.ratio ? a.ratio[block.sequence] * count : count + sum_lanes(ratios);
   return {sum_lanes(losses), count, sum_lanes(clips), sum_lanes(kls), ratio, max_lanes(most),
           sum_lanes(slopes)};
 }
