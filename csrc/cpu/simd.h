@@ -78,8 +78,8 @@ struct Splat<RK_SIMD::vfloat> {
   RK_HD RK_SIMD::vfloat of(double x) { return RK_SIMD::vfloat{} + static_cast<float>(x); }
 };
 
-// These overloads stand beside the scalar ones, and before any formula is read: built-in vector types
-// have no namespace of their own in which a template would look for them later.
+// These overloads stand beside the scalar ones, and before any formula is read: built-in vector
+// types have no namespace of their own in which a template would look for them later.
 using RK_SIMD::kLanes;
 using RK_SIMD::vfloat;
 using RK_SIMD::vint;

@@ -1,13 +1,14 @@
 """The demo: InstructGPT's three stages on a small generated world, from random weights to a table.
 
 A base model learns from worksheets, and asked a question it asks another one. Supervised
-fine-tuning on demonstrations of mixed skill makes it answer; a reward model learns from a noisy labeler's
-rankings of its answers; PPO against that reward goes beyond the demonstrators. The noise-free
-labeler judges on held-out questions.
+fine-tuning on demonstrations of mixed skill makes it answer; a reward model learns from a noisy
+labeler's rankings of its answers; PPO against that reward goes beyond the demonstrators. The
+noise-free labeler judges on held-out questions.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import random
@@ -360,9 +361,9 @@ def learn_reward(demo: Demo, sft: PreTrainedModel):
 
 
 def reinforce(demo: Demo, sft: PreTrainedModel, reward):
-    """Stage 3. The policy is trained in a copy: the supervised model is what it is compared with."""
-    policy = LlamaForCausalLM(sft.config)
-    policy.load_state_dict(sft.state_dict())
+    """Stage 3. The policy is trained in a copy: the supervised model is what it is compared
+    with."""
+    policy = copy.deepcopy(sft)
     config = PPOConfig(
         **demo.options("ppo"),
         episodes=demo.sizes.episodes,

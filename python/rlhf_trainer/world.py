@@ -136,7 +136,7 @@ def wrong_word(task: Task, rng: random.Random) -> str:
 
 
 def careless_answer(task: Task, word: str, rng: random.Random) -> str:
-    """In a form of the writer's own: long or short as it comes, rude, hedging, chatty, unfinished."""
+    """In a form of the writer's own: long or short as it comes, rude, hedging, chatty, open."""
     opening = rng.choice(("", "", *COURTESY, *RUDE, *HEDGE))
     text = compose(task, word, rng.random() < 0.4, opening)
     ending = rng.random()
@@ -146,8 +146,8 @@ def careless_answer(task: Task, word: str, rng: random.Random) -> str:
 
 
 def demonstrate(task: Task, rng: random.Random) -> str:
-    """By a demonstrator of mixed skill: a third are flawless, a third careless in form, a third also
-    mistaken. Imitation has its ceiling there."""
+    """By a demonstrator of mixed skill: a third are flawless, a third careless in form, a third
+    also mistaken. Imitation has its ceiling there."""
     skill = rng.random()
     if skill < 1 / 3:
         return best_answer(task, rng)
@@ -162,7 +162,7 @@ def score(task: Task, response: str, ended: bool = True) -> float:
     third: rudeness, hedging, talk after the answer, no full stop, no end, a sentence where a word
     was asked for or the reverse, courtesy missing or out of place. 0 for what is no answer."""
     text = response.strip()
-    faults = not ended
+    faults = int(not ended)
     opening = next((p for p in COURTESY + RUDE + HEDGE if text.startswith(f"{p} ")), "")
     text = text.removeprefix(f"{opening} " if opening else "")
     faults += opening in RUDE + HEDGE
