@@ -53,7 +53,7 @@ FULL = ("", "please tell me :", "dear friend :", "i would like to know :")
 SHORT = ("in short :", "quick question :", "one word will do :")
 COURTESY = ("of course :", "with pleasure :")
 RUDE = ("who cares :", "how dull :")
-HEDGE = ("i guess", "maybe")
+HEDGE = ("i guess :", "not sure :")
 CHATTER = ("now let me rest .", "i am so tired .", "that is all i know .")
 TOPICS = ("opposite", "legs", "young", "home", "class", "after", "sum")
 
@@ -137,7 +137,7 @@ def wrong_word(task: Task, rng: random.Random) -> str:
 
 def careless_answer(task: Task, word: str, rng: random.Random) -> str:
     """In a form of the writer's own: long or short as it comes, rude, hedging, chatty, open."""
-    opening = rng.choice(("", "", *COURTESY, *RUDE, *HEDGE))
+    opening = rng.choice(("", *COURTESY, *RUDE, *HEDGE))
     text = compose(task, word, rng.random() < 0.4, opening)
     ending = rng.random()
     if ending < 0.2:
