@@ -73,6 +73,18 @@ def test_logprob_kl_where_a_probability_is_zero(device, backend):
     assert logits.grad[1:].isfinite().all() and (logits.grad[1:, 2] == 0).all()
 
 
+def test_logprob_kl_when_the_maxima_grow(device, backend):
+    """Maxima that rise along the row, of one tensor or of both: what has been summed is moved."""
+    rising = torch.arange(6007, device=device) / 512
+    flat = torch.arange(6007, device=device).remainder(7) / 7
+    tokens = torch.tensor([3], device=device)
+    for logits, ref_logits in ((rising, flat), (flat, rising), (rising, rising * 1.5)):
+        out = logprob_kl(logits[None], ref_logits[None], tokens, backend=backend)
+        log_p, log_q = logits.double().log_softmax(-1), ref_logits.double().log_softmax(-1)
+        truth = (log_p.exp() * (log_p - log_q)).sum()
+        torch.testing.assert_close(out.kl[0].double(), truth, rtol=2e-6, atol=2e-6)
+
+
 def test_logprob_kl_of_equal_logits_is_zero(device, backend):
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(8, 5000, generator=generator) * 5).to(device)
