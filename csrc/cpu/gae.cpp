@@ -25,58 +25,62 @@ struct Carry {  // of the next valid step; after the last one 0 and the bootstra
   double advantage, value;
 };
 
-template <class T>
-struct Scratch {
-  static constexpr int kSteps = 512;  // in the first-level cache at a time
-  static constexpr int kLanes = lanes<typename Compute<T>::V>;
-  T delta[kSteps + kLanes], value[kSteps + 1];
-  T power[kLanes];  // c^(lanes - k), c = gamma lambda
-  double decay;     // c^lanes
+// x without its first lane, and then y.
+RK_HD double shift_in(double, double y) { return y; }
+RK_HD vfloat shift_in(vfloat x, double y) { return later_lanes<1>(x, splat<vfloat>(y)); }
+RK_HD void set_lane(double& x, int, double to) { x = to; }
+RK_HD void set_lane(vfloat& x, int k, double to) { x[k] = static_cast<float>(to); }
+RK_HD double first_lane(double x) { return x; }
+RK_HD double first_lane(vfloat x) { return x[0]; }
 
-  explicit Scratch(double c) : decay(1) {
-    for (int k = kLanes - 1; k >= 0; --k) power[k] = T(decay *= c);
+// The powers of c = gamma lambda that a vector of steps is summed with.
+template <class V>
+struct Powers {
+  V doubling[4];  // c, c^2, c^4, c^8
+  V after;        // lane k: c^(lanes - k)
+  double all;     // c^lanes
+
+  explicit Powers(double c) : all(1) {
+    for (int k = lanes<V> - 1; k >= 0; --k) set_lane(after, k, all *= c);
+    for (V& x : doubling) x = splat<V>(c), c *= c;
   }
 };
 
+// Lane i gets x_i + c x_{i+1} + c^2 x_{i+2} + ... up to the end of the vector.
+RK_HD double sum_after(double x, const Powers<double>&) { return x; }
+RK_HD vfloat sum_after(vfloat x, const Powers<vfloat>& c) {
+  x = gae_advantage(x, later_lanes<1>(x, vfloat{}), c.doubling[0]);
+  x = gae_advantage(x, later_lanes<2>(x, vfloat{}), c.doubling[1]);
+  if constexpr (kLanes > 4) x = gae_advantage(x, later_lanes<4>(x, vfloat{}), c.doubling[2]);
+  if constexpr (kLanes > 8) x = gae_advantage(x, later_lanes<8>(x, vfloat{}), c.doubling[3]);
+  return x;
+}
+
 // The valid steps [begin, end), last first.
 template <class T>
-static void scan_run(const GaeArgs& a, int64_t begin, int64_t end, Scratch<T>& s, Carry* next) {
+static void scan_run(const GaeArgs& a, int64_t begin, int64_t end,
+                     const Powers<typename Compute<T>::V>& c, Carry* after) {
   using V = typename Compute<T>::V;
   const T *rewards = static_cast<const T*>(a.rewards), *values = static_cast<const T*>(a.values);
   T *advantages = static_cast<T*>(a.advantages), *returns = static_cast<T*>(a.returns);
   const V gamma = splat<V>(a.gamma);
-  while (end - begin >= lanes<V>) {
-    const int64_t left = (end - begin) / lanes<V> * lanes<V>, n = left < s.kSteps ? left : s.kSteps;
-    const int64_t first = end - n;
-    std::memcpy(s.value, values + first, n * sizeof(T));
-    s.value[n] = T(next->value);
-    store(s.delta + n, V{});
-    for (int64_t i = 0; i < n; i += lanes<V>) {
-      const V value = load(s.value + i), next_value = load(s.value + i + 1);
-      store(s.delta + i, gae_delta(load(rewards + first + i), value, next_value, gamma));
-    }
-    double c = a.gamma_lambda;
-    for (int step = 1; step < lanes<V>; step *= 2, c *= c)
-      for (int64_t i = 0; i < n; i += lanes<V>) {
-        const V later = select(first_lanes(lanes<V> - step, V{}), load(s.delta + i + step), V{});
-        store(s.delta + i, gae_advantage(load(s.delta + i), later, splat<V>(c)));
-      }
-    for (int64_t i = n - lanes<V>; i >= 0; i -= lanes<V>) {
-      const V later = splat<V>(next->advantage);
-      const V advantage = gae_advantage(load(s.delta + i), later, load(s.power));
-      store(advantages + first + i, advantage);
-      store(returns + first + i, advantage + load(s.value + i));
-      next->advantage = gae_advantage(double(s.delta[i]), next->advantage, s.decay);
-    }
-    next->value = s.value[0];
-    end = first;
+  Carry next = *after;  // in registers: stores to the outputs could alias *after
+  for (; end - begin >= lanes<V>; end -= lanes<V>) {
+    const int64_t i = end - lanes<V>;
+    const V value = load(values + i), next_value = shift_in(value, next.value);
+    const V sum = sum_after(gae_delta(load(rewards + i), value, next_value, gamma), c);
+    const V advantage = gae_advantage(sum, splat<V>(next.advantage), c.after);
+    store(advantages + i, advantage);
+    store(returns + i, advantage + value);
+    next = {gae_advantage(first_lane(sum), next.advantage, c.all), double(values[i])};
   }
   while (end-- > begin) {  // less than a vector
-    const double d = gae_delta(double(rewards[end]), double(values[end]), next->value, a.gamma);
-    *next = {gae_advantage(d, next->advantage, a.gamma_lambda), double(values[end])};
-    advantages[end] = T(next->advantage);
-    returns[end] = T(next->advantage + next->value);
+    const double d = gae_delta(double(rewards[end]), double(values[end]), next.value, a.gamma);
+    next = {gae_advantage(d, next.advantage, a.gamma_lambda), double(values[end])};
+    advantages[end] = T(next.advantage);
+    returns[end] = T(next.advantage + next.value);
   }
+  *after = next;
 }
 
 // Where the run of equal mask bytes that ends at `end` begins.
@@ -94,7 +98,7 @@ static int64_t run_begin(const bool* mask, int64_t begin, int64_t end) {
 template <class T>
 static void scan(const GaeArgs& a, int64_t begin, int64_t end) {
   const T* last_value = static_cast<const T*>(a.last_value);
-  Scratch<T> scratch(a.gamma_lambda);
+  const Powers<typename Compute<T>::V> powers(a.gamma_lambda);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t start = a.offsets ? a.offsets[row] : row * a.length;
     int64_t stop = a.offsets ? a.offsets[row + 1] : start + a.length;
@@ -102,7 +106,7 @@ static void scan(const GaeArgs& a, int64_t begin, int64_t end) {
     while (stop > start) {
       const int64_t first = a.mask ? run_begin(a.mask, start, stop) : start;
       if (!a.mask || a.mask[first]) {
-        scan_run(a, first, stop, scratch, &next);
+        scan_run<T>(a, first, stop, powers, &next);
       } else {
         std::memset(static_cast<T*>(a.advantages) + first, 0, (stop - first) * sizeof(T));
         std::memset(static_cast<T*>(a.returns) + first, 0, (stop - first) * sizeof(T));
@@ -152,7 +156,7 @@ static std::tuple<Tensor, Tensor> gae(const Tensor& rewards_in, const Tensor& va
   a.returns = returns.mutable_data_ptr();
   const int64_t sequences = offsets ? offsets->numel() - 1 : values.size(0);
   // 64 K steps take 30 us: below that a second thread costs more than it brings.
-  const int64_t grain = 2 * rows_per_thread(sequences > 0 ? total / sequences : 0);
+  const int64_t grain = rows_per_thread(sequences > 0 ? total / sequences : 0);
   torch::stable::parallel_for(0, sequences, grain, [&](int64_t begin, int64_t end) {
     RK_KERNEL(gae_kernel)(a, begin, end);
   });

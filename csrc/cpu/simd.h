@@ -113,6 +113,29 @@ RK_HD vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
 
 RK_HD vfloat abs(vfloat x) { return (vfloat)((vint)x & 0x7fffffff); }
 
+// Lane i gets lane i + N of (x, y). Intrinsics: GCC makes the indices anew at every use.
+#if defined(RK_SIMD_avx512) || defined(RK_SIMD_avx2)
+inline constexpr int32_t kFromZero[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                        11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                        22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+#endif
+template <int N>
+RK_HD vfloat later_lanes(vfloat x, vfloat y) {
+#if defined(RK_SIMD_avx512)
+  const __m512i from = _mm512_loadu_si512(kFromZero + N);
+  return (vfloat)_mm512_permutex2var_ps((__m512)x, from, (__m512)y);
+#elif defined(RK_SIMD_avx2)
+  const __m256i from = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFromZero + N));
+  const __m256 in_y = _mm256_castsi256_ps(_mm256_cmpgt_epi32(from, _mm256_set1_epi32(7)));
+  return (vfloat)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)x, from),
+                                  _mm256_permutevar8x32_ps((__m256)y, from), in_y);
+#elif defined(__clang__)
+  return __builtin_shufflevector(x, y, N, N + 1, N + 2, N + 3);
+#else
+  return __builtin_shuffle(x, y, vint{N, N + 1, N + 2, N + 3});
+#endif
+}
+
 // ---- loads and stores
 // ------------------------------------------------------------------------------
 
