@@ -69,6 +69,8 @@ def why_not(op: str, backend: str) -> str | None:
     return None if backend == "reference" else _reasons[op, backend]
 
 
+# backend -> its torch operators as attributes: overloads, as a packet resolves its name per call.
+operators = {name: types.SimpleNamespace() for name in BACKENDS[1:]}
 # (op, backend) -> why it cannot run. Filled once by define(): torch.compile traces plain look-ups.
 _reasons: dict[tuple[str, str], str | None] = {}
 _warned: set[str] = set()
@@ -86,6 +88,9 @@ def define(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
         torch.library.define(f"rlhf_kernels::{name}", schema, tags=tags)
         torch.library.register_fake(f"rlhf_kernels::{name}", fake)
+        overload = getattr(torch.ops.rlhf_kernels, name).default
+        setattr(operators["cpu"], name, overload)
+        setattr(operators["cuda"], name, overload)
     for backend, key in (("cpu", "CPU"), ("triton", "CUDA"), ("cuda", "CUDA")):
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         missing = [name for name in schemas if not has(f"rlhf_kernels::{name}", key)]

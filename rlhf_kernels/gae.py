@@ -71,8 +71,9 @@ def gae(
         checks.shape("last_value", last_value, (sequences,), "for one value a sequence")
         last_value = last_value.detach()
     chosen = _backend.select("gae", rewards.device.type, backend)
-    function = gae_reference if chosen == "reference" else torch.ops.rlhf_kernels.gae
-    rewards, values = rewards.detach(), values.detach()
+    function = gae_reference if chosen == "reference" else _backend.operators[chosen].gae
+    if rewards.requires_grad or values.requires_grad:
+        rewards, values = rewards.detach(), values.detach()
     return GAE(*function(rewards, values, mask, cu_seqlens, last_value, float(gamma), float(lam)))
 
 

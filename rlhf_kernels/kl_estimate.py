@@ -59,7 +59,7 @@ def kl_estimate(
     if chosen == "reference":
         return kl_estimate_reference(logprob, ref_logprob, kind, clamp)
     bound = torch.inf if clamp is None else float(clamp)
-    kl: Tensor = _KlEstimate.apply(logprob, ref_logprob, KINDS.index(kind), bound)
+    kl: Tensor = _KlEstimate.apply(chosen, logprob, ref_logprob, KINDS.index(kind), bound)
     return kl
 
 
@@ -98,22 +98,23 @@ _backend.define(
 
 class _KlEstimate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprob, ref_logprob, kind, clamp):
+    def forward(ctx: Any, backend, logprob, ref_logprob, kind, clamp):
+        ctx.ops = _backend.operators[backend]
         ctx.save_for_backward(logprob, ref_logprob)
         ctx.scalars = (kind, clamp)
         ctx.set_materialize_grads(False)
-        return torch.ops.rlhf_kernels.kl_estimate_fwd(logprob, ref_logprob, kind, clamp)
+        return ctx.ops.kl_estimate_fwd(logprob, ref_logprob, kind, clamp)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
         if grad is None:
-            return None, None, None, None
-        need, need_ref = ctx.needs_input_grad[:2]
-        grad_logprob, grad_ref = torch.ops.rlhf_kernels.kl_estimate_bwd(
+            return (None,) * 5
+        need, need_ref = ctx.needs_input_grad[1:3]
+        grad_logprob, grad_ref = ctx.ops.kl_estimate_bwd(
             grad, *ctx.saved_tensors, *ctx.scalars, need_ref
         )
-        return grad_logprob if need else None, grad_ref if need_ref else None, None, None
+        return None, grad_logprob if need else None, grad_ref if need_ref else None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -70,7 +70,7 @@ def kl_shaped_rewards(
     clip = torch.inf if clip_score is None else float(clip_score)
     if chosen == "reference":
         return kl_shaped_rewards_reference(*tensors, float(kl_coef), kl_kind, clip)
-    rewards: Tensor = torch.ops.rlhf_kernels.kl_shaped_rewards(
+    rewards: Tensor = _backend.operators[chosen].kl_shaped_rewards(
         *tensors, float(kl_coef), KINDS.index(kl_kind), clip
     )
     return rewards

@@ -65,13 +65,12 @@ def logprob_kl(
     checks.rows("ref_logits", ref_logits)
     if ref_logits.dtype != logits.dtype:
         raise TypeError(f"ref_logits: expected {logits.dtype} as logits, got {ref_logits.dtype}")
-    if _backend.select("logprob_kl", logits.device.type, backend) == "reference":
+    chosen = _backend.select("logprob_kl", logits.device.type, backend)
+    if chosen == "reference":
         scale = temperature_value if temperature_tensor is None else temperature_tensor
         return logprob_kl_reference(logits, ref_logits, tokens, scale, ignore_index)
-    outputs = _LogprobKL.apply(
-        logits, ref_logits.detach(), tokens, temperature_tensor, temperature_value, ignore_index
-    )
-    return LogprobKL(*outputs)
+    constants = (temperature_tensor, temperature_value, ignore_index)
+    return LogprobKL(*_LogprobKL.apply(chosen, logits, ref_logits.detach(), tokens, *constants))
 
 
 def logprob_kl_reference(
@@ -136,13 +135,11 @@ _backend.define(
 
 class _LogprobKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, ref_logits, tokens, temperature, temperature_value, ignore_index):
-        out = torch.ops.rlhf_kernels.logprob_kl_fwd(
-            logits, ref_logits, tokens, temperature, temperature_value, ignore_index
-        )
+    def forward(ctx: Any, backend, logits, ref_logits, tokens, temperature, *scalars):
+        ctx.ops, ctx.scalars = _backend.operators[backend], scalars
+        out = ctx.ops.logprob_kl_fwd(logits, ref_logits, tokens, temperature, *scalars)
         logprob, ref_logprob, kl, entropy, *saved = out
         ctx.save_for_backward(logits, ref_logits, tokens, temperature, kl, entropy, *saved)
-        ctx.scalars = (temperature_value, ignore_index)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ref_logprob)
         return logprob, ref_logprob, kl, entropy
@@ -151,13 +148,13 @@ class _LogprobKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprob, grad_ref_logprob, grad_kl, grad_entropy):
         if grad_logprob is None and grad_kl is None and grad_entropy is None:
-            return (None,) * 6
+            return (None,) * 7
         logits, ref_logits, tokens, temperature, *saved = ctx.saved_tensors
-        grad = torch.ops.rlhf_kernels.logprob_kl_bwd(
+        grad = ctx.ops.logprob_kl_bwd(
             *(grad_logprob, grad_kl, grad_entropy, logits, ref_logits, tokens, temperature),
             *(*ctx.scalars, *saved),
         )
-        return grad, None, None, None, None, None
+        return None, grad, None, None, None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -45,7 +45,9 @@ def masked_mean(
     chosen = _backend.select("masked_mean", x.device.type, backend)
     if chosen == "reference":
         return masked_mean_reference(x, mask, process_group)
-    mean: Tensor = _MaskedMean.apply(x.to(checks.accumulation_dtype(x)), mask, process_group)
+    mean: Tensor = _MaskedMean.apply(
+        chosen, x.to(checks.accumulation_dtype(x)), mask, process_group
+    )
     return mean
 
 
@@ -98,8 +100,9 @@ _backend.define(
 
 class _MaskedMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, mask, group):
-        mean, sums = torch.ops.rlhf_kernels.masked_mean_fwd(x, mask)
+    def forward(ctx: Any, backend, x, mask, group):
+        ctx.ops = _backend.operators[backend]
+        mean, sums = ctx.ops.masked_mean_fwd(x, mask)
         if group is not None:
             total, count = all_reduce(sums, group).unbind()
             mean = (total / count.clamp(min=1.0)).to(x.dtype)
@@ -112,10 +115,10 @@ class _MaskedMean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         if grad is None:
-            return None, None, None
+            return (None,) * 4
         if ctx.group is not None:
             grad = all_reduce(grad.clone(), ctx.group)
-        return torch.ops.rlhf_kernels.masked_mean_bwd(grad, *ctx.saved_tensors), None, None
+        return None, ctx.ops.masked_mean_bwd(grad, *ctx.saved_tensors), None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -57,7 +57,9 @@ def masked_whiten(
     x = x.to(checks.accumulation_dtype(x))
     if chosen == "reference":
         return masked_whiten_reference(x, mask, shift_mean, unbiased, eps, process_group)
-    whitened: Tensor = _MaskedWhiten.apply(x, mask, shift_mean, unbiased, float(eps), process_group)
+    whitened: Tensor = _MaskedWhiten.apply(
+        chosen, x, mask, shift_mean, unbiased, float(eps), process_group
+    )
     return whitened
 
 
@@ -112,8 +114,8 @@ _backend.define(
 
 class _MaskedWhiten(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, mask, shift_mean, unbiased, eps, group):
-        ops = torch.ops.rlhf_kernels
+    def forward(ctx: Any, backend, x, mask, shift_mean, unbiased, eps, group):
+        ctx.ops = ops = _backend.operators[backend]
         sums = all_reduce(ops.masked_mean_fwd(x, mask)[1], group)
         squares = all_reduce(ops.masked_whiten_squares(x, mask, sums), group)
         ctx.save_for_backward(x, mask, sums, squares)
@@ -126,12 +128,12 @@ class _MaskedWhiten(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad):
         if grad is None:
-            return (None,) * 6
-        ops = torch.ops.rlhf_kernels
+            return (None,) * 7
+        ops = ctx.ops
         x, mask, sums, squares = ctx.saved_tensors
         grad_sums = all_reduce(ops.masked_whiten_bwd_sums(grad, x, mask, sums), ctx.group)
         grad_x = ops.masked_whiten_bwd(grad, x, mask, sums, squares, grad_sums, *ctx.scalars)
-        return grad_x, None, None, None, None, None
+        return None, grad_x, None, None, None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -93,7 +93,7 @@ def pairwise_reward_loss(
     )
     if backend == "reference":
         return pairwise_reward_loss_reference(*arguments)
-    loss, *stats = _PairwiseRewardLoss.apply(*arguments)
+    loss, *stats = _PairwiseRewardLoss.apply(backend, *arguments)
     return loss, RewardStats(*stats)
 
 
@@ -158,10 +158,11 @@ _backend.define(
 
 class _PairwiseRewardLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chosen, rejected, margin, margin_value, center_coef, label_smoothing):
-        with_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        loss, *stats, grad_chosen, grad_rejected = torch.ops.rlhf_kernels.pairwise_reward_loss_fwd(
-            chosen, rejected, margin, margin_value, center_coef, label_smoothing, with_grad
+    def forward(ctx: Any, backend, *arguments):
+        ctx.ops = _backend.operators[backend]
+        with_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        loss, *stats, grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_fwd(
+            *arguments, with_grad
         )
         ctx.save_for_backward(grad_chosen, grad_rejected)
         ctx.mark_non_differentiable(*stats)
@@ -172,11 +173,11 @@ class _PairwiseRewardLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, *_):
         if grad is None:
-            return (None,) * 6
-        ops = torch.ops.rlhf_kernels
-        grad_chosen, grad_rejected = ops.pairwise_reward_loss_bwd(grad, *ctx.saved_tensors)
-        need, need_rejected = ctx.needs_input_grad[:2]
+            return (None,) * 7
+        grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_bwd(grad, *ctx.saved_tensors)
+        need, need_rejected = ctx.needs_input_grad[1:3]
         return (
+            None,
             grad_chosen if need else None,
             grad_rejected if need_rejected else None,
             *(None,) * 4,

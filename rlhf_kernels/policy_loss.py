@@ -201,9 +201,9 @@ def policy_loss(
     if chosen == "reference":
         loss, stats = policy_loss_reference(logprob, entropy, *tensors, reduction, options)
     elif torch.is_grad_enabled() and _wants_gradient(logprob, entropy):
-        loss, stats = _PolicyLoss.apply(logprob, entropy, constants)
+        loss, stats = _PolicyLoss.apply(chosen, logprob, entropy, constants)
     else:
-        loss, stats, _, _ = torch.ops.rlhf_kernels.policy_loss_fwd(
+        loss, stats, _, _ = _backend.operators[chosen].policy_loss_fwd(
             logprob, entropy, *constants, False, False
         )
     return loss, PolicyStats(*stats.unbind()[:5])
@@ -334,9 +334,10 @@ _backend.define(
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logprob, entropy, constants):  # in one tuple: autograd looks at each
-        loss, totals, *coefficients = torch.ops.rlhf_kernels.policy_loss_fwd(
-            logprob, entropy, *constants, *ctx.needs_input_grad[:2]
+    def forward(ctx: Any, backend, logprob, entropy, constants):  # a tuple: autograd looks at each
+        ctx.ops = _backend.operators[backend]
+        loss, totals, *coefficients = ctx.ops.policy_loss_fwd(
+            logprob, entropy, *constants, *ctx.needs_input_grad[1:3]
         )
         ctx.save_for_backward(totals, *coefficients)
         ctx.mark_non_differentiable(totals)
@@ -346,12 +347,12 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad, _):
-        grads: list[Tensor | None] = [None] * 3
+        grads: list[Tensor | None] = [None] * 4
         if grad is not None:
             totals, *coefficients = ctx.saved_tensors
-            for i, coefficient in enumerate(coefficients):
+            for i, coefficient in enumerate(coefficients, start=1):
                 if ctx.needs_input_grad[i]:
-                    grads[i] = torch.ops.rlhf_kernels.policy_loss_bwd(grad, totals, coefficient)
+                    grads[i] = ctx.ops.policy_loss_bwd(grad, totals, coefficient)
         return tuple(grads)
 
 

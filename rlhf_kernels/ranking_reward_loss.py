@@ -65,7 +65,9 @@ def ranking_reward_loss(
     ranks = ranks.detach().double()
     if chosen == "reference":
         return ranking_reward_loss_reference(scores, ranks, group_offsets, float(center_coef))
-    loss, *stats = _RankingRewardLoss.apply(scores, ranks, group_offsets, float(center_coef))
+    loss, *stats = _RankingRewardLoss.apply(
+        chosen, scores, ranks, group_offsets, float(center_coef)
+    )
     return loss, RewardStats(*stats)
 
 
@@ -117,9 +119,10 @@ _backend.define(
 
 class _RankingRewardLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores, ranks, group_offsets, center_coef):
-        loss, *stats, grad_scores = torch.ops.rlhf_kernels.ranking_reward_loss_fwd(
-            scores, ranks, group_offsets, center_coef, ctx.needs_input_grad[0]
+    def forward(ctx: Any, backend, *arguments):
+        ctx.ops = _backend.operators[backend]
+        loss, *stats, grad_scores = ctx.ops.ranking_reward_loss_fwd(
+            *arguments, ctx.needs_input_grad[1]
         )
         ctx.save_for_backward(grad_scores)
         ctx.mark_non_differentiable(*stats)
@@ -130,10 +133,9 @@ class _RankingRewardLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, *_):
         if grad is None:
-            return None, None, None, None
-        (grad_scores,) = ctx.saved_tensors
-        grad_scores = torch.ops.rlhf_kernels.ranking_reward_loss_bwd(grad, grad_scores)
-        return grad_scores, None, None, None
+            return (None,) * 5
+        grad_scores = ctx.ops.ranking_reward_loss_bwd(grad, *ctx.saved_tensors)
+        return None, grad_scores, None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

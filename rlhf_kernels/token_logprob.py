@@ -90,6 +90,7 @@ def token_logprob(
         out = token_logprob_reference(logits, tokens, scale, ignore_index)
         return out if with_entropy else out.logprob
     logprob, entropy = _TokenLogprob.apply(
+        chosen,
         logits,
         tokens,
         temperature_tensor,
@@ -237,6 +238,7 @@ class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend,
         logits,
         tokens,
         temperature,
@@ -245,7 +247,8 @@ class _TokenLogprob(torch.autograd.Function):
         with_entropy,
         inplace,
     ):
-        logprob, entropy, row_max, log_sum = torch.ops.rlhf_kernels.token_logprob_fwd(
+        ctx.ops = _backend.operators[backend]
+        logprob, entropy, row_max, log_sum = ctx.ops.token_logprob_fwd(
             logits, tokens, temperature, temperature_value, ignore_index, with_entropy
         )
         ctx.save_for_backward(logits, tokens, temperature, entropy, row_max, log_sum)
@@ -258,19 +261,17 @@ class _TokenLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprob, grad_entropy):
         if grad_logprob is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         logits, tokens, temperature, entropy, row_max, log_sum = ctx.saved_tensors
         saved = (tokens, temperature, *ctx.scalars, entropy, row_max, log_sum)
         if not ctx.inplace:
-            grad = torch.ops.rlhf_kernels.token_logprob_bwd(
-                grad_logprob, grad_entropy, logits, *saved
-            )
-            return grad, None, None, None, None, None, None
+            grad = ctx.ops.token_logprob_bwd(grad_logprob, grad_entropy, logits, *saved)
+            return None, grad, *(None,) * 6
         # Same memory, new tensor: the gradient must not carry the graph of the logits.
         grad = logits.detach()
-        torch.ops.rlhf_kernels.token_logprob_bwd_(grad_logprob, grad_entropy, grad, *saved)
+        ctx.ops.token_logprob_bwd_(grad_logprob, grad_entropy, grad, *saved)
         torch.autograd.graph.increment_version(logits)  # a plain define() schema does not
-        return grad, None, None, None, None, None, None
+        return None, grad, *(None,) * 6
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -108,9 +108,9 @@ def value_loss(
     if chosen == "reference":
         loss, totals = value_loss_reference(values, old_values, returns, reduction, bound)
     elif torch.is_grad_enabled() and values.requires_grad:
-        loss, totals = _ValueLoss.apply(values, (old_values, returns, *reduction, bound))
+        loss, totals = _ValueLoss.apply(chosen, values, (old_values, returns, *reduction, bound))
     else:
-        loss, totals, _ = torch.ops.rlhf_kernels.value_loss_fwd(
+        loss, totals, _ = _backend.operators[chosen].value_loss_fwd(
             values, old_values, returns, *reduction, bound, False
         )
     return loss, ValueStats(*totals.unbind()[:6])
@@ -171,8 +171,9 @@ _backend.define(
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values, constants):  # in one tuple: autograd looks at each argument
-        loss, totals, coefficient = torch.ops.rlhf_kernels.value_loss_fwd(values, *constants, True)
+    def forward(ctx: Any, backend, values, constants):  # in one tuple: autograd looks at each
+        ctx.ops = _backend.operators[backend]
+        loss, totals, coefficient = ctx.ops.value_loss_fwd(values, *constants, True)
         ctx.save_for_backward(totals, coefficient)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
@@ -182,8 +183,8 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, _):
         if grad is None:
-            return None, None
-        return torch.ops.rlhf_kernels.value_loss_bwd(grad, *ctx.saved_tensors), None
+            return None, None, None
+        return None, ctx.ops.value_loss_bwd(grad, *ctx.saved_tensors), None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -49,7 +49,7 @@ static PolicySums forward_block(const PolicyLossArgs& a, const Block& block) {
     const V advantage = load_valid<T>(a.advantages, i, n, valid);
     const V raw = a.old_logprob ? logprob - load_valid<T>(a.old_logprob, i, n, valid) : zero;
     const V x = min(clamp, max(-clamp, raw)), exp_x = exp(x);
-    few_kls += select(valid, exp_remainder(x, exp_x), zero);
+    few_kls += exp_remainder(x, exp_x);  // 0 where not valid, as x is
 
     const V ratio = a.ratio ? splat<V>(a.ratio[block.sequence]) : exp_x;
     PolicyTerm<V> term;
@@ -76,9 +76,9 @@ static PolicySums forward_block(const PolicyLossArgs& a, const Block& block) {
     }
     if (a.entropy) term.loss = term.loss - entropy_coef * load_valid<T>(a.entropy, i, n, valid);
 
-    losses += select(valid, term.loss, zero);
+    losses += select(valid, term.loss, zero);  // 0 * a sequence's infinite ratio
     counts += select(valid, one, zero);
-    few_ratios += select(valid, ratio - one, zero);  // near 0: little is rounded away
+    few_ratios += ratio - one;  // near 0: little is rounded away
     most = max(most, select(valid, ratio, zero));
     if (a.objective != Objective::reinforce)
       clips += select(clip_binds(advantage, ratio, low, high), one, zero);
