@@ -122,6 +122,7 @@ def _tensors(x: Any) -> list[torch.Tensor]:
     return [x] if isinstance(x, torch.Tensor) else [t for part in x for t in _tensors(part)]
 
 
-def bench_inputs(spec: OpSpec, count: int = 8) -> list[dict[str, Any]]:
-    """The operator's benchmark inputs under ``count`` seeds, float32 on the CPU."""
-    return [next(spec.bench(Maker("cpu", torch.float32, seed))).inputs for seed in range(count)]
+def bench_inputs(spec: OpSpec, count: int = 8, case: int = 0) -> list[dict[str, Any]]:
+    """The operator's benchmark case number ``case`` under ``count`` seeds, float32 on the CPU."""
+    makers = (Maker("cpu", torch.float32, seed) for seed in range(count))
+    return [list(spec.bench(maker))[case].inputs for maker in makers]
