@@ -145,15 +145,20 @@ inline void check_tokens(const Tensor& tokens, int64_t vocab, int64_t ignore_ind
   }
 }
 
-inline void check_temperature(const std::optional<Tensor>& temperature) {
-  if (!temperature) return;
+// Temperatures of rows with a token to be scored: finite and > 0.
+inline void check_temperature(const std::optional<Tensor>& temperature, const Tensor& tokens,
+                              int64_t ignore_index) {
+  if (!temperature || temperature->numel() == 0) return;
   const bool wide = temperature->scalar_type() == ScalarType::Double;
   const void* p = temperature->const_data_ptr();
-  for (int64_t i = 0, n = temperature->numel(); i < n; ++i) {
-    const double t = wide ? static_cast<const double*>(p)[i] : static_cast<const float*>(p)[i];
-    if (!(t > 0 && t < __builtin_inf()))
+  const auto* token = static_cast<const int64_t*>(tokens.const_data_ptr());
+  const int64_t per_row = tokens.numel() / temperature->numel();
+  for (int64_t i = 0; i < tokens.numel(); ++i) {
+    const int64_t row = i / per_row;
+    const double t = wide ? static_cast<const double*>(p)[row] : static_cast<const float*>(p)[row];
+    if (token[i] != ignore_index && !(t > 0 && t < __builtin_inf()))
       throw std::invalid_argument("temperature: expected finite numbers > 0, got " +
-                                  std::to_string(t) + " in row " + std::to_string(i));
+                                  std::to_string(t) + " in row " + std::to_string(row));
   }
 }
 

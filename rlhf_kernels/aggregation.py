@@ -26,12 +26,12 @@ class Reduction(NamedTuple):
     aggregation: int  # index into AGGREGATIONS
     normalizer: Tensor | None  # one float64, or
     normalizer_value: float  # a number >= 0; negative: count what is valid
-    max_length: float  # 1 where the aggregation does not use it
+    max_length: int  # 1 where the aggregation does not use it
 
 
 SCHEMA = (
     "Tensor? mask, Tensor? cu_seqlens, int aggregation, Tensor? normalizer, "
-    "float normalizer_value, float max_length"
+    "float normalizer_value, SymInt max_length"
 )
 
 
@@ -66,7 +66,9 @@ def check_reduction(
         asks = "ratio_level='sequence'" if needs_sequences else f"aggregation={aggregation!r}"
         raise ValueError(f"cu_seqlens: expected offsets for packed {name} with {asks}, got None")
     if max_length is not None:
-        checks.number("max_length", max_length, 0.0, open_low=True)
+        if isinstance(max_length, float):
+            raise TypeError("max_length: expected an int, got float")
+        checks.number("max_length", max_length, 1)
     elif aggregation == "seq-mean-token-sum-norm" and x.dim() == 1:
         raise ValueError(f"max_length: expected a number for packed {name}, got None")
     value = -1.0
@@ -78,13 +80,13 @@ def check_reduction(
         normalizer = normalizer.detach().double()
     elif normalizer is not None:
         checks.number("normalizer", normalizer, 0.0)
-        if torch.compiler.is_compiling():  # a number would be burnt into the graph
-            normalizer = x.new_full((), normalizer, dtype=torch.float64)
+        if torch.compiler.is_compiling():
+            normalizer = checks.as_tensor(normalizer, x, torch.float64)
         else:
             normalizer, value = None, float(normalizer)
-    length = 1.0
+    length = 1
     if aggregation == "seq-mean-token-sum-norm":
-        length = float((x.shape[1] or 1) if max_length is None else max_length)
+        length = (x.shape[1] or 1) if max_length is None else max_length
     return Reduction(mask, cu_seqlens, AGGREGATIONS.index(aggregation), normalizer, value, length)
 
 

@@ -76,6 +76,15 @@ def number(
         raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}, got {x}")
 
 
+def as_tensor(number: Any, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A number as a tensor without dimensions, for a graph that is being compiled.
+
+    As a number it would be burnt into the graph: one compilation per value. The product keeps the
+    number symbolic; ``new_full`` and ``torch.tensor`` do not.
+    """
+    return like.new_ones((), dtype=dtype) * number
+
+
 def choice(name: str, x: Any, options: Sequence[str]) -> None:
     if x not in options:
         raise ValueError(f"{name}: expected one of {', '.join(options)}, got {x!r}")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
+from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
 
 KINDS = ("k1", "k2", "k3")

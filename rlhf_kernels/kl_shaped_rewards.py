@@ -68,10 +68,13 @@ def kl_shaped_rewards(
     chosen = _backend.select("kl_shaped_rewards", logprob.device.type, backend)
     tensors = (scores.detach(), logprob.detach(), ref_logprob.detach(), mask, cu_seqlens)
     clip = torch.inf if clip_score is None else float(clip_score)
+    coef = None
+    if chosen != "reference" and torch.compiler.is_compiling():
+        coef, kl_coef = checks.as_tensor(kl_coef, logprob, torch.float64), 0.0
     if chosen == "reference":
         return kl_shaped_rewards_reference(*tensors, float(kl_coef), kl_kind, clip)
     rewards: Tensor = _backend.operators[chosen].kl_shaped_rewards(
-        *tensors, float(kl_coef), KINDS.index(kl_kind), clip
+        *tensors, float(kl_coef), KINDS.index(kl_kind), clip, coef
     )
     return rewards
 
@@ -107,13 +110,15 @@ def _fake(scores, logprob, ref_logprob, *rest):
     return logprob.new_empty(logprob.shape, dtype=dtype)
 
 
-# One pass: read 2N (and the mask), write N. kl_kind: index into KINDS; clip_score: inf for none.
+# One pass: read 2N (and the mask), write N. kl_kind: index into KINDS; clip_score: inf for none; coef
+# holds kl_coef where it is not a number.
 _backend.define(
     "kl_shaped_rewards",
     {
         "kl_shaped_rewards": (
             "(Tensor scores, Tensor logprob, Tensor ref_logprob, Tensor? mask, "
-            "Tensor? cu_seqlens, float kl_coef, int kl_kind, float clip_score) -> Tensor",
+            "Tensor? cu_seqlens, float kl_coef, int kl_kind, float clip_score, "
+            "Tensor? coef) -> Tensor",
             _fake,
         )
     },

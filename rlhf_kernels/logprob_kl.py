@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
+from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample
-from rlhf_kernels.token_logprob import check_logits, check_range
+from rlhf_kernels.token_logprob import check_logits, check_positive, check_range
 
 
 class LogprobKL(NamedTuple):
@@ -84,6 +84,7 @@ def logprob_kl_reference(
     vocab = logits.shape[-1]
     index = check_range(tokens, tokens != ignore_index, vocab).unsqueeze(-1)
     valid = index < vocab
+    check_positive(temperature, valid.squeeze(-1))
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
 
     def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:  # read N*V of each

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import aggregation as _aggregation
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
+from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.kl_estimate import KINDS, kl_estimate_reference
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
 
@@ -181,9 +181,8 @@ def policy_loss(
     chosen = _backend.select("policy_loss", logprob.device.type, backend)
     coefs = None
     if chosen != "reference" and torch.compiler.is_compiling():
-        # Numbers would be burnt into the graph: one compilation per value of an adaptive one.
         numbers = (kl_coef, entropy_coef)
-        coefs = torch.stack([logprob.new_full((), x, dtype=torch.float64) for x in numbers])
+        coefs = torch.stack([checks.as_tensor(x, logprob, torch.float64) for x in numbers])
         kl_coef = entropy_coef = 0.0
     options = _Options(
         OBJECTIVES.index(objective),

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
+from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
 from rlhf_kernels.pairwise_reward_loss import RewardStats, fake_stats
 

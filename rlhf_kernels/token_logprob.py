@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
+from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample
 
 
@@ -120,10 +120,12 @@ def check_logits(
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if not isinstance(temperature, Tensor):
         checks.number("temperature", temperature, 0.0, open_low=True)
+        dtype = checks.accumulation_dtype(logits)
         if not torch.compiler.is_compiling():
+            limits = torch.finfo(dtype)
+            checks.number("temperature", temperature, limits.tiny, limits.max)
             return None, float(temperature)
-        # A number would be burnt into the graph: one compilation per temperature.
-        temperature = logits.new_full((), temperature, dtype=checks.accumulation_dtype(logits))
+        temperature = checks.as_tensor(temperature, logits, dtype)
     checks.floating("temperature", temperature, logits.device)
     rows = (*tokens.shape[:-1], 1) if many else tokens.shape
     try:
@@ -164,6 +166,7 @@ def token_logprob_reference(
     index = index if many else index.unsqueeze(-1)  # (..., K); -1: NaN, vocab: ignored
     valid = index < vocab
     row_valid = valid.any(-1)
+    check_positive(temperature, row_valid)
     z = logits.to(checks.accumulation_dtype(logits))  # read N*V
     z = torch.where(row_valid.unsqueeze(-1), z, 0.0)  # select: a NaN there reaches no gradient
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
@@ -187,6 +190,17 @@ def check_range(tokens: Tensor, valid: Tensor, vocab: int) -> Tensor:
             f"position {at[0] if len(at) == 1 else at}"
         )
     return torch.where(wrong, -1, torch.where(valid, tokens, vocab))
+
+
+def check_positive(temperature: float | Tensor, scored: Tensor) -> None:
+    """On the CPU, temperatures of scored rows are finite and > 0 (compiled kernels check it too)."""
+    if not isinstance(temperature, Tensor) or temperature.device.type != "cpu":
+        return
+    wrong = scored & ~((temperature > 0) & (temperature < torch.inf))
+    if not torch.compiler.is_compiling() and bool(wrong.any()):
+        row = int(wrong.flatten().nonzero()[0])
+        got = float(temperature.flatten()[row])
+        raise ValueError(f"temperature: expected finite numbers > 0, got {got:f} in row {row}")
 
 
 def _forward_fake(logits, tokens, temperature, temperature_value, ignore_index, with_entropy):

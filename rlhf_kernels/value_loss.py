@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_kernels import aggregation as _aggregation
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
+from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
 
 

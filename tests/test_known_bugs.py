@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import rlhf_kernels as rk
@@ -267,29 +268,67 @@ def test_target_logit_precision(device, backend):
     assert got.item() == pytest.approx(expected, abs=1e-9, rel=1e-3)  # -2.9e-3
 
 
-def test_recompile_per_length(device, backend):
-    """16. Length and temperature as compile-time constants. Liger GRPO, TRL kernels"""
+def _changing(name: str, device: str, i: int) -> dict[str, Any]:
+    """Arguments of call number ``i`` of an operator, of which a length or a number is another."""
+    x = random(4, 30 + i, device=device)
+    y = random(4, 30 + i, device=device)
+    return {
+        "temperature": {
+            "logits": random(5 + i, 64, device=device),
+            "tokens": random_tokens(64, 5 + i, device=device),
+            "temperature": 0.5 + i / 8,
+        },
+        "kl_coef": {
+            **{"logprob": x, "old_logprob": y, "advantages": x * y},
+            **{"ref_logprob": y, "kl_coef": 0.1 + i / 16, "normalizer": 100.5 + i},
+        },
+        "length": {
+            **{"logprob": x, "old_logprob": y, "advantages": x * y},
+            "aggregation": "seq-mean-token-sum-norm",
+        },
+        "max_length": {
+            **{"values": x, "old_values": y, "returns": x * y},
+            **{"aggregation": "seq-mean-token-sum-norm", "max_length": 100 + i},
+        },
+        "reward": {
+            **{"scores": x[:, 0], "logprob": x, "ref_logprob": y, "mask": None},
+            "kl_coef": 0.1 + i / 16,
+        },
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("temperature", rk.token_logprob),
+        ("kl_coef", rk.policy_loss),
+        ("length", rk.policy_loss),
+        ("max_length", rk.value_loss),
+        ("reward", rk.kl_shaped_rewards),
+    ],
+)
+def test_recompile_per_length(device, backend, name, function):
+    """16. Lengths and numbers as compile-time constants. Liger GRPO, TRL kernels"""
     compilations = []
 
     def count(graph, inputs):
         compilations.append(graph)
-        return graph.forward
+        return graph
 
-    torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True, backend=count)
-    def function(logits, tokens, temperature):
-        return rk.token_logprob(logits, tokens, temperature=temperature, backend=backend)
-
-    for i in range(8):
-        logits = random(5 + i, 64, device=device)
-        tokens = random_tokens(64, 5 + i, device=device)
-        temperature = 0.5 + i / 8
-        got = function(logits, tokens, temperature)
-        expected = rk.token_logprob(logits, tokens, temperature=temperature, backend=backend)
+    torch._dynamo.reset()  # the whole of AOTAutograd: it makes numbers constant of its own accord
+    through_autograd = aot_autograd(fw_compiler=count)
+    compiled = torch.compile(
+        lambda inputs: function(**inputs, backend=backend),
+        fullgraph=True,
+        backend=through_autograd,
+    )
+    for i in range(12):
+        inputs = _changing(name, device, i)
+        got, expected = compiled(inputs), function(**inputs, backend=backend)
+        got, expected = (x[0] if isinstance(x, tuple) else x for x in (got, expected))
         torch.testing.assert_close(got, expected)
     torch._dynamo.reset()
-    assert len(compilations) <= 3  # first call, length becomes symbolic, temperature too
+    assert len(compilations) <= 3  # first call, length becomes symbolic, number too
 
 
 def test_python_float_becomes_fp64_under_the_compiler(device, backend):

@@ -126,6 +126,20 @@ def test_gradcheck_in_float64(spec, device, backend):
     assert checked >= 2
 
 
+@each_op
+def test_second_derivative_raises(spec, device, backend):
+    """Not silently zero, as torch's once_differentiable leaves it where upstream is a constant."""
+    if backend == "reference" or not spec.differentiable:
+        pytest.skip("the reference has second derivatives, and constants have none")
+    inputs = dict(next(samples(spec, device, torch.float32)).inputs)
+    name = spec.differentiable[0]
+    leaf = inputs[name].detach().clone().requires_grad_()
+    out = tensors(spec.function(**{**inputs, name: leaf * 1.0}, backend=backend))[0]
+    (gradient,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="have no second derivative; backend='reference'"):
+        (gradient.square().sum() + leaf.square().sum()).backward()
+
+
 class _Dispatch(TorchDispatchMode):
     """Keeps the calls of this library's torch operators."""
 

@@ -429,7 +429,7 @@ flat = torch.zeros(6)
         ({"importance_weight": flat}, ValueError, r"importance_weight: .* got \(6,\)"),
         ({"normalizer": -1}, ValueError, "normalizer: expected a finite number >= 0, got -1"),
         ({"normalizer": flat}, ValueError, r"normalizer: .* one element, got shape \(6,\)"),
-        ({"max_length": 0}, ValueError, "max_length: expected a finite number > 0, got 0"),
+        ({"max_length": 0}, ValueError, "max_length: expected a finite number >= 1, got 0"),
         ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "cu_seqlens: expected None with"),
         ({"backend": "cuda"}, (ValueError, RuntimeError), "backend: 'cuda'"),
     ],
@@ -464,3 +464,15 @@ def test_argument_errors_of_packed_tokens(backend, changes, error, message):
     inputs = {"logprob": flat, "old_logprob": flat, "advantages": flat, **changes}
     with pytest.raises(error, match=message):
         policy_loss(**inputs, backend=backend)
+
+
+def test_policy_loss_statistics_of_infinite_and_nan_ratios(backend, device):
+    """A sequence's infinite ratio beside a block without a valid token, and a NaN."""
+    logprob = torch.full((1, 1024), 1000.0, device=device)
+    mask = torch.arange(1024, device=device)[None] < 512
+    zeros = torch.zeros_like(logprob)
+    _, stats = policy_loss(logprob, zeros, zeros - 1, mask, ratio_level="sequence", backend=backend)
+    assert stats.ratio_mean.item() == stats.ratio_max.item() == math.inf
+    bad = torch.tensor([[math.nan, 0.0]], device=device)
+    _, stats = policy_loss(bad, zeros[:, :2], zeros[:, :2] + 1, backend=backend)
+    assert math.isnan(stats.ratio_mean.item()) and math.isnan(stats.ratio_max.item())

@@ -192,15 +192,23 @@ def test_token_logprob_argument_errors(backend, change, error, message):
         token_logprob(**{**good, **change}, backend=backend)
 
 
-def test_token_logprob_temperature_tensor_must_be_positive_on_the_cpu(backend):
-    if backend == "reference":
-        pytest.skip("values of a temperature tensor are checked by the compiled CPU kernel")
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
+def test_token_logprob_temperature_tensor_must_be_positive_on_the_cpu(backend, wrong):
+    if backend not in ("reference", "cpu"):
+        pytest.skip("looking at the values would make the GPU wait")
+    arguments = {"temperature": torch.tensor([1.0, wrong]), "backend": backend}
     with pytest.raises(
-        ValueError, match=r"temperature: expected finite numbers > 0, got 0\.0+ in row 1"
+        ValueError, match=rf"temperature: expected finite numbers > 0, got {wrong:f} in row 1"
     ):
-        token_logprob(
-            torch.zeros(2, 3),
-            torch.zeros(2, dtype=torch.int64),
-            temperature=torch.tensor([1.0, 0.0]),
-            backend=backend,
-        )
+        token_logprob(torch.zeros(2, 3), torch.tensor([0, 1]), **arguments)
+    got = token_logprob(torch.zeros(2, 3), torch.tensor([0, -100]), **arguments)  # is not read
+    torch.testing.assert_close(got, torch.tensor([-math.log(3), 0.0]))
+
+
+@pytest.mark.parametrize("number", [1e39, 1e-39])
+def test_token_logprob_temperature_must_be_a_number_of_the_accumulation_dtype(backend, number):
+    with pytest.raises(ValueError, match="temperature: expected a finite number"):
+        token_logprob(torch.zeros(1, 3), torch.tensor([0]), temperature=number, backend=backend)
+    wide = torch.zeros(1, 3, dtype=torch.float64)
+    got = token_logprob(wide, torch.tensor([0]), temperature=number, backend=backend)
+    assert got.item() == pytest.approx(-math.log(3))

@@ -58,7 +58,8 @@ RK_DECLARE(kl_shaped_rewards_kernel, KlShapedRewardsArgs)
 static Tensor kl_shaped_rewards(const Tensor& scores_in, const Tensor& logprob_in,
                                 const Tensor& ref_in, const std::optional<Tensor>& mask_in,
                                 const std::optional<Tensor>& cu_seqlens, double kl_coef,
-                                int64_t kl_kind, double clip_score) {
+                                int64_t kl_kind, double clip_score,
+                                const std::optional<Tensor>& coef) {
   const ScalarType type = accumulation_type(scores_in, logprob_in, ref_in);
   const int64_t total = logprob_in.numel();
   std::optional<Tensor> offsets;
@@ -75,7 +76,7 @@ static Tensor kl_shaped_rewards(const Tensor& scores_in, const Tensor& logprob_i
   a.mask = static_cast<const bool*>(data_or_null(mask));
   a.offsets = static_cast<const int64_t*>(data_or_null(offsets));
   a.length = offsets ? 0 : logprob.size(1);
-  a.kl_coef = kl_coef;
+  a.kl_coef = coef ? value_of(dense(*coef, ScalarType::Double)) : kl_coef;
   a.clip_score = clip_score;
   a.kind = static_cast<KlKind>(kl_kind);
   a.rewards = rewards.mutable_data_ptr();

@@ -209,6 +209,7 @@ static LogprobKlArgs logprob_kl_args(const Tensor& logits, const Tensor& ref_log
   a.temperature_value = number_in(temperature_value, a.dtype);
   a.ignore_index = ignore_index;
   check_tokens(tokens, a.vocab, ignore_index);
+  check_temperature(temperature, tokens, ignore_index);
   return a;
 }
 
@@ -218,7 +219,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
   const ScalarType type = accumulation_type(logits);
   const Tensor tokens = dense(tokens_in, ScalarType::Long);
   const auto temperature = dense(temperature_in, type);
-  check_temperature(temperature);
   LogprobKlArgs a =
       logprob_kl_args(logits, ref_logits, tokens, temperature, temperature_value, ignore_index);
   Tensor out[8];

@@ -99,7 +99,8 @@ static PolicySums forward_block(const PolicyLossArgs& a, const Block& block) {
   if (i < block.end) step(i, static_cast<int>(block.end - i));
   kls += widen(few_kls), ratios += widen(few_ratios);
   const double count = sum_lanes(counts);
-  const double ratio = a.ratio ? a.ratio[block.sequence] * count : count + sum_lanes(ratios);
+  double ratio = count + sum_lanes(ratios);
+  if (a.ratio) ratio = count > 0 ? a.ratio[block.sequence] * count : 0;  // it may be inf
   return {sum_lanes(losses), count, sum_lanes(clips), sum_lanes(kls), ratio, max_lanes(most),
           sum_lanes(slopes)};
 }
@@ -143,7 +144,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     const std::optional<Tensor>& importance_in, const std::optional<Tensor>& ref_in,
     const std::optional<Tensor>& mask_in, const std::optional<Tensor>& cu_seqlens,
     int64_t aggregation_code, const std::optional<Tensor>& normalizer, double normalizer_value,
-    double max_length, int64_t objective, bool by_sequence, double low, double high, double dual,
+    int64_t max_length, int64_t objective, bool by_sequence, double low, double high, double dual,
     double clamp, int64_t kl_kind, double kl_coef, double entropy_coef,
     const std::optional<Tensor>& coefs, bool need, bool need_entropy) {
   const ScalarType type = accumulation_type(
@@ -217,6 +218,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_fwd(
     a.added = added.data();
     run(RK_KERNEL(policy_loss_add_kernel));
   }
+  if (total.ratio != total.ratio) total.ratio_max = total.ratio;  // NaN: a maximum drops it
   const double inverse = inverse_denominator(aggregation, total.count, filled, normalizer,
                                              normalizer_value, max_length);
   return {scalar(inverse == 0 ? 0 : total.loss * inverse, type),

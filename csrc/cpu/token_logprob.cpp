@@ -163,7 +163,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob_fwd(
   TokenLogprobArgs a =
       token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
   check_tokens(tokens, a.vocab, ignore_index);
-  check_temperature(temperature);
+  check_temperature(temperature, tokens, ignore_index);
   const int64_t dims = logits.dim() - 1;
   const int64_t* rows_shape = logits.sizes().data();
   Tensor logprob = empty_as(tokens, type);

@@ -71,7 +71,7 @@ static std::tuple<Tensor, Tensor, Tensor> value_loss_fwd(
     const Tensor& values_in, const std::optional<Tensor>& old_in, const Tensor& returns_in,
     const std::optional<Tensor>& mask_in, const std::optional<Tensor>& cu_seqlens,
     int64_t aggregation_code, const std::optional<Tensor>& normalizer, double normalizer_value,
-    double max_length, double clip, bool need) {
+    int64_t max_length, double clip, bool need) {
   const ScalarType type = accumulation_type(values_in, returns_in, old_in.value_or(values_in));
   const Tensor values = dense(values_in, type), returns = dense(returns_in, type);
   const auto old = dense(old_in, type), mask = dense(mask_in, ScalarType::Bool);
