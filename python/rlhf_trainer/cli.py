@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from rlhf_trainer.config import (
     SOURCES,
     ConfigError,
@@ -48,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(stage, args)
     except (ConfigError, DataError, OSError) as error:
         sys.exit(f"rlhf-train {stage}: {error}")
+    except ImportError as error:
+        sys.exit(f"rlhf-train {stage}: {error}; run: pip install 'rlhf-kernels[train]'")
 
 
 def _run(stage: str, args: list[str]) -> None:
@@ -56,16 +56,18 @@ def _run(stage: str, args: list[str]) -> None:
         from rlhf_trainer.sft import train_sft
 
         sft = train_sft(config)
-        print(
-            f"sft: best held-out loss {sft.best['loss']:.4f} at step {sft.best['step']}; "
-            f"{sft.folder}"
-        )
+        best = f"best held-out loss {sft.best['loss']:.4f} at step {sft.best['step']}"
+        evaluated = any("heldout_loss" in row for row in sft.history)
+        print(f"sft: {best if evaluated else 'no held-out data'}; {sft.folder}")
     elif stage == "reward":
         config = parse(stage, RewardConfig, args)
         from rlhf_trainer.reward import train_reward
 
         reward = train_reward(config)
-        print(f"reward: held-out accuracy {reward.accuracy}; {reward.folder}")
+        accuracy = "no held-out data"
+        if reward.accuracy is not None:
+            accuracy = f"held-out accuracy {reward.accuracy:.3f}"
+        print(f"reward: {accuracy}; {reward.folder}")
     elif stage == "ppo":
         config = parse(stage, PPOConfig, args)
         from rlhf_trainer.ppo import train_ppo
@@ -83,6 +85,8 @@ def _run(stage: str, args: list[str]) -> None:
 
 def parse(stage: str, kind: type[Any], args: Sequence[str]) -> Any:
     """Options from defaults, then the YAML file named by --config, then the command line."""
+    import tyro  # here, as it is not there without the extra `train`
+
     default = None
     for k, arg in enumerate(args):
         name, equals, path = arg.partition("=")

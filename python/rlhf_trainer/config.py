@@ -6,13 +6,12 @@ Nothing heavy is imported here: `rlhf-train STAGE --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
+from typing import Any, ClassVar, Literal, TypeVar
 
 SOURCES = """\
 Defaults come from [C] InstructGPT, arXiv 2203.02155, appendix C; [S] Stiennon et al. 2020,
@@ -33,6 +32,8 @@ class DataError(ValueError):
 class RunConfig:
     """Options that every stage shares."""
 
+    stage: ClassVar[str]
+
     config: Path | None = None
     """YAML file with values for any of these options (learning_rate: 1e-5); the command line
     overrides it."""
@@ -45,8 +46,8 @@ class RunConfig:
     """Folder or hub name of the tokenizer. Default: the model's own; for a scratch model a
     byte-level BPE with 4096 entries, trained on the training file."""
     resume: bool = False
-    """Continue from the newest checkpoint in the output folder (start afresh where there is
-    none)."""
+    """Continue from the newest checkpoint in the output folder (start afresh where there is none
+    and no model yet). Refused: a finished run, and one of another stage."""
     seed: int = 0
     """Seed of initial weights, data order, dropout and sampling."""
     device: Literal["auto", "cpu"] = "auto"
@@ -87,6 +88,11 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that cannot be used."""
+        for name, value in vars(self).items():
+            parts = value if isinstance(value, tuple) else (value,)
+            finite = all(math.isfinite(part) for part in parts if isinstance(part, float))
+            self._require(name, finite, "a finite number")
+        self._require("seed", 0 <= self.seed < 2**32, "an integer in [0, 2**32)")
         for name in ("batch_size", "micro_batch_size", "max_prompt_tokens", "max_response_tokens"):
             self._require(name, getattr(self, name) >= 1, "an integer >= 1")
         for name in ("max_grad_norm", "weight_decay", "save_every", "profile_steps"):
@@ -145,6 +151,7 @@ class SFTConfig(_SupervisedConfig):
     "\\n\\nHuman: ...\\n\\nAssistant:" where it has none).
     """
 
+    stage = "sft"
     output: Path = Path("runs/sft")
     learning_rate: float = 9.65e-6
     """Peak learning rate; [C] for 1.3B and 6B parameters."""
@@ -176,6 +183,7 @@ class RewardConfig(_SupervisedConfig):
     ties allowed.
     """
 
+    stage = "reward"
     output: Path = Path("runs/reward")
     learning_rate: float = 9e-6
     """Peak learning rate [C]."""
@@ -204,13 +212,15 @@ class PPOConfig(RunConfig):
     Each line of the data holds {"prompt"}, or {"messages"} that end before the assistant's turn.
     """
 
+    stage = "ppo"
     output: Path = Path("runs/ppo")
     reward_model: str | None = None
     """Folder or hub name of the reward model (a sequence classifier with one label)."""
     prompt_file: Path | None = None
     """Prompts, JSONL or JSONL.gz."""
     episodes: int = 256_000
-    """Sampled responses in all [C]; the run has episodes / batch_size iterations."""
+    """Sampled responses in all [C]; the run has episodes / batch_size iterations, and what does not
+    fill one is left out."""
     batch_size: int = 512
     """Episodes per iteration [C]."""
     minibatches: int = 8
@@ -294,9 +304,11 @@ def load_yaml(kind: type[Config], path: Path) -> Config:
 
     Raises ConfigError naming the file and the key for an unknown key or a value of the wrong type.
     """
+    import yaml  # here, as it is not there without the extra `train`
+
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if values is None:
         values = {}
@@ -336,7 +348,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return int(value)
         if hint in (str, Path) and isinstance(value, str):
             return hint(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
     raise ConfigError(f"{where}: expected {name.replace('typing.', '')}, got {value!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,22 @@ from rlhf_trainer.config import DataError
 IGNORE = -100  # the ignore_index of rlhf_kernels
 TURN = "\n\nAssistant:"  # what opens the assistant's turn in an HH-RLHF transcript
 ERRORS_SHOWN = 5
+LARGEST_RANK = torch.finfo(torch.float32).max
 
 Example = TypeVar("Example")
 Messages = list[dict[str, str]]
+
+
+class Prompt(str):
+    """A prompt that knows its file and line: whether a tokenizer finds tokens in it shows later."""
+
+    where: str = ""
+
+    @classmethod
+    def at(cls, text: str, where: str) -> Prompt:
+        prompt = cls(text)
+        prompt.where = where
+        return prompt
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ def read_demonstrations(
     Raises DataError that lists the first bad lines.
     """
 
-    def parse(row: dict[str, Any]) -> Demonstration:
+    def parse(row: dict[str, Any], where: str) -> Demonstration:
         if "messages" in row:
             messages = _messages(row)
             if messages[-1]["role"] != "assistant":
@@ -70,14 +84,18 @@ def read_demonstrations(
                     "messages: expected the last one from the assistant, "
                     f"got one from {messages[-1]['role']!r}"
                 )
+            if not messages[-1]["content"].strip():
+                raise ValueError(
+                    f"messages[{len(messages) - 1}].content: expected an answer, got blank text"
+                )
             prompt = render(messages[:-1], tokenizer)
             whole = render(messages, tokenizer)
             if not whole.startswith(prompt):
                 raise ValueError(
                     "messages: the chat template changes the prompt when the answer is added"
                 )
-            return Demonstration(prompt, whole[len(prompt) :])
-        return Demonstration(_text(row, "prompt"), _text(row, "response"))
+            return Demonstration(Prompt.at(prompt, where), whole[len(prompt) :])
+        return Demonstration(Prompt.at(_text(row, "prompt"), where), _text(row, "response"))
 
     return _read(path, parse)
 
@@ -89,12 +107,12 @@ def read_rankings(path: Path) -> list[Ranking]:
     Raises DataError that lists the first bad lines.
     """
 
-    def parse(row: dict[str, Any]) -> Ranking:
+    def parse(row: dict[str, Any], where: str) -> Ranking:
         if "completions" in row:
-            return _ranking(row)
+            return _ranking(row, where)
         chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
         if "prompt" in row:
-            return comparison(_text(row, "prompt"), chosen, rejected)
+            return comparison(Prompt.at(_text(row, "prompt"), where), chosen, rejected)
         # What the two share may run on into the answers: the cut is at the last turn they both
         # open.
         pairs = enumerate(zip(chosen, rejected, strict=False))
@@ -105,7 +123,7 @@ def read_rankings(path: Path) -> list[Ranking]:
                 f"chosen, rejected: expected transcripts that share a prefix up to {TURN!r}"
             )
         cut = start + len(TURN)
-        return comparison(chosen[:cut], chosen[cut:], rejected[cut:])
+        return comparison(Prompt.at(chosen[:cut], where), chosen[cut:], rejected[cut:])
 
     return _read(path, parse)
 
@@ -116,36 +134,43 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -
     Raises DataError that lists the first bad lines.
     """
 
-    def parse(row: dict[str, Any]) -> str:
+    def parse(row: dict[str, Any], where: str) -> str:
         if "messages" not in row:
-            return _text(row, "prompt")
+            return Prompt.at(_text(row, "prompt"), where)
         messages = _messages(row)
         if messages[-1]["role"] == "assistant":
             raise ValueError("messages: expected the last one before the assistant's turn")
-        return render(messages, tokenizer)
+        return Prompt.at(render(messages, tokenizer), where)
 
     return _read(path, parse)
 
 
-def _read(path: Path, parse: Callable[[dict[str, Any]], Example]) -> list[Example]:
+def _read(path: Path, parse: Callable[[dict[str, Any], str], Example]) -> list[Example]:
     examples, errors = [], []
     for number, line in _lines(Path(path)):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-            examples.append(parse(row))
+            examples.append(parse(row, f"{path}:{number}"))
         except json.JSONDecodeError as error:
             errors.append(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}")
+        except RecursionError:
+            errors.append(f"{path}:{number}: not valid JSON: too many brackets in one another")
         except ValueError as error:
             errors.append(f"{path}:{number}: {error}")
+    _raise_first(errors)
+    if not examples:
+        raise DataError(f"{path}: no examples")
+    return examples
+
+
+def _raise_first(errors: list[str]) -> None:
+    """Raise DataError that lists the first errors, if there are any."""
     if errors:
         more = len(errors) - ERRORS_SHOWN
         tail = [f"and {more} more bad lines"] if more > 0 else []
         raise DataError("\n".join(errors[:ERRORS_SHOWN] + tail))
-    if not examples:
-        raise DataError(f"{path}: no examples")
-    return examples
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -166,22 +191,38 @@ def _text(row: dict[str, Any], key: str) -> str:
         raise ValueError(f"{key}: expected a string, got {type(row[key]).__name__}")
     if not row[key]:
         raise ValueError(f"{key}: expected text, got an empty string")
-    return str(row[key])
+    return _unicode(row[key], key)
 
 
-def _ranking(row: dict[str, Any]) -> Ranking:
+def _unicode(text: str, name: str) -> str:
+    """The text; JSON can write half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(
+            f"{name}: expected Unicode text, got the lone surrogate {half!r}"
+        ) from None
+    return text
+
+
+def _ranking(row: dict[str, Any], where: str) -> Ranking:
     prompt, completions, ranks = _text(row, "prompt"), row["completions"], row.get("ranks")
     if not isinstance(completions, list) or len(completions) < 2:
         raise ValueError("completions: expected a list of two or more strings")
     for k, completion in enumerate(completions):
         if not isinstance(completion, str) or not completion:
             raise ValueError(f"completions[{k}]: expected text, got {completion!r}")
+        _unicode(completion, f"completions[{k}]")
     if not isinstance(ranks, list) or len(ranks) != len(completions):
         raise ValueError(f"ranks: expected a list of {len(completions)} numbers, got {ranks!r}")
     for k, rank in enumerate(ranks):
-        if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
-            raise ValueError(f"ranks[{k}]: expected a number, got {rank!r}")
-    return Ranking(prompt, tuple(completions), tuple(map(float, ranks)))
+        number = isinstance(rank, int | float) and not isinstance(rank, bool)
+        if not number or not abs(rank) <= LARGEST_RANK:
+            raise ValueError(
+                f"ranks[{k}]: expected a number that float32 holds, got {reprlib.repr(rank)}"
+            )
+    return Ranking(Prompt.at(prompt, where), tuple(completions), tuple(map(float, ranks)))
 
 
 def _messages(row: dict[str, Any]) -> Messages:
@@ -196,6 +237,7 @@ def _messages(row: dict[str, Any]) -> Messages:
                 raise ValueError(
                     f"messages[{k}].{key}: expected a string, got {message.get(key)!r}"
                 )
+            _unicode(message[key], f"messages[{k}].{key}")
         if message["role"] not in ("system", "user", "assistant"):
             raise ValueError(
                 f"messages[{k}].role: expected system, user or assistant, got {message['role']!r}"
@@ -211,9 +253,12 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase | None) -> str
     """
     open_turn = not messages or messages[-1]["role"] != "assistant"
     if tokenizer is not None and tokenizer.chat_template is not None:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=open_turn
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=open_turn
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ValueError(f"messages: the chat template refuses them: {error}") from error
         return str(text)
     opening = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": f"{TURN} "}
     text = "".join(opening[message["role"]] + message["content"] for message in messages)
@@ -232,8 +277,11 @@ class Encoded(NamedTuple):
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts, opened as the tokenizer opens a text and never closed."""
-    encoded = []
+    """Token ids of prompts, opened as the tokenizer opens a text and never closed.
+
+    Raises DataError that lists the first prompts without tokens.
+    """
+    encoded, errors = [], []
     for text, ids in zip(texts, _ids(tokenizer, texts, True), strict=True):
         bos = tokenizer.bos_token
         if bos and text.startswith(
@@ -243,8 +291,10 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
         if ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
         if not ids:
-            raise DataError(f"prompt: expected text with tokens, got {text!r}")
+            name = f"{text.where}: prompt" if isinstance(text, Prompt) else "prompt"
+            errors.append(f"{name}: expected text with tokens, got {text!r}")
         encoded.append(ids)
+    _raise_first(list(dict.fromkeys(errors)))  # a ranking's prompt comes once a completion
     return encoded
 
 

@@ -9,10 +9,10 @@ noise-free labeler judges on held-out questions.
 from __future__ import annotations
 
 import copy
+import json
 import math
 import platform
 import random
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -34,15 +34,17 @@ import rlhf_kernels as rk
 from rlhf_trainer import world
 from rlhf_trainer.config import ConfigError, PPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.data import Demonstration, Encoded, Ranking, collate
+from rlhf_trainer.metrics import CURVES
 from rlhf_trainer.model import completion_logits, respond, score_responses
-from rlhf_trainer.ppo import train_ppo
-from rlhf_trainer.reward import train_reward
-from rlhf_trainer.sft import train_sft
-from rlhf_trainer.state import cosine, write_json
+from rlhf_trainer.ppo import PPO_OPS, train_ppo
+from rlhf_trainer.reward import REWARD_OPS, train_reward
+from rlhf_trainer.sft import SFT_OPS, train_sft
+from rlhf_trainer.state import check_backend, cosine, remove_run, write_json
 from rlhf_trainer.world import Task
 
 RESPONSE_TOKENS = 20
 MARK = "demo.json"
+MARKS = ("win_rate", "kl_to_sft", "reward_model")  # keys by which it is known as a demo's
 
 
 @dataclass(kw_only=True)
@@ -54,7 +56,8 @@ class DemoConfig:
     seed: int = 0
     """Seed of the world, the weights and the sampling."""
     out: Path = Path("demo_out")
-    """Folder for demo.json, curves.png and a folder a stage; an earlier demo there is replaced."""
+    """Folder for demo.json, curves.png and a folder a stage. What an earlier demo wrote there is
+    replaced, and nothing else."""
     backend: Literal["auto", "reference", "cpu"] = "auto"
     """Backend of every rlhf_kernels call; reference is plain PyTorch."""
     quick: bool = False
@@ -143,12 +146,10 @@ class Demo:
 
 def main(config: DemoConfig) -> dict[str, Any]:
     """Run the demo, print its report and write demo.json; returns what demo.json holds."""
-    if config.out.exists():
-        if not (config.out / MARK).exists() and any(config.out.iterdir()):
-            raise ConfigError(f"out: expected an earlier demo or no folder, got {config.out}")
-        shutil.rmtree(config.out)
-    config.out.mkdir(parents=True)
-    (config.out / MARK).write_text("{}\n", encoding="utf-8")  # so that a demo cut off is replaced
+    options = SFTConfig(seed=config.seed, backend=config.backend)
+    options.validate()
+    check_backend(options, (*SFT_OPS, *REWARD_OPS, *PPO_OPS), "cpu")
+    claim(config.out)
     # A model this small keeps one core busy. On two, threads that wait for one another made the
     # reward stage several times slower.
     threads = torch.get_num_threads()
@@ -157,6 +158,29 @@ def main(config: DemoConfig) -> dict[str, Any]:
         return _run(config)
     finally:
         torch.set_num_threads(threads)
+
+
+def claim(out: Path) -> None:
+    """Make the folder, or clear an earlier demo's of what a demo writes.
+
+    Raises ConfigError where it holds anything but has no demo.json, or one of something else.
+    """
+    if out.exists() and any(out.iterdir()) and not is_demo(out / MARK):
+        raise ConfigError(f"out: expected an earlier demo, an empty folder or none, got {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / MARK, dict.fromkeys(MARKS))  # first, so that a demo cut off is known as one
+    for stage in ("sft", "reward", "ppo"):
+        remove_run(out / stage)
+    (out / CURVES).unlink(missing_ok=True)
+
+
+def is_demo(path: Path) -> bool:
+    """Whether the file is a demo's report."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(report, dict) and report.keys() >= set(MARKS)
 
 
 def _run(config: DemoConfig) -> dict[str, Any]:
@@ -200,7 +224,7 @@ def _run(config: DemoConfig) -> dict[str, Any]:
         },
     }
     write_json(config.out / MARK, report)
-    draw(sft_history, reward_history, ppo_history, config.out / "curves.png")
+    draw(sft_history, reward_history, ppo_history, config.out / CURVES)
     show(report, answers, questions, config.out)
     return report
 
@@ -541,4 +565,4 @@ def show(
                 f"  {stage:<8}{name:<28}{time_of['ms_per_step']:>8.2f} ms{time_of['share']:>8.2%}"
             )
     total = report["seconds"]["total"]
-    print(f"\n{total:.0f} s in all; curves: {out / 'curves.png'}; numbers: {out / MARK}")
+    print(f"\n{total:.0f} s in all; curves: {out / CURVES}; numbers: {out / MARK}")

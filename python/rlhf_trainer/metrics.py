@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from rlhf_trainer.config import ConfigError
+
 OnStep = Callable[[dict[str, Any]], None]
-METRICS = "metrics.jsonl"
+METRICS, CURVES, KERNELS = "metrics.jsonl", "curves.png", "kernels.json"
 
 
 class MetricsLog:
@@ -32,7 +34,10 @@ class MetricsLog:
         lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
         # Every step writes one line. What follows the checkpoint may end in half a line, where the
         # run was killed.
-        self.history: list[dict[str, Any]] = [json.loads(line) for line in lines[:step]]
+        try:
+            self.history: list[dict[str, Any]] = [json.loads(line) for line in lines[:step]]
+        except ValueError as error:
+            raise ConfigError(f"{path}: expected a JSON line a step: {error}") from error
         path.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -48,7 +49,22 @@ def load_tokenizer(tokenizer: str | None, model: str | None) -> PreTrainedTokeni
         return None
     if tokenizer is None and model is None:
         raise ConfigError("model: expected a folder, a hub name or scratch:gpt2-tiny, got none")
-    return checked_tokenizer(AutoTokenizer.from_pretrained(tokenizer or model))
+    spec = str(tokenizer or model)
+    loaded = load_pretrained(AutoTokenizer, "tokenizer", spec)
+    # From a GPT-2 folder without a tokenizer comes one that knows no text at all.
+    if len(loaded) <= len(loaded.all_special_ids):
+        raise ConfigError(f"tokenizer: expected one in {spec}, got none")
+    return checked_tokenizer(loaded)
+
+
+def load_pretrained(kind: Any, option: str, spec: str, **options: Any) -> Any:
+    """kind.from_pretrained(spec); what is wrong with the folder becomes a ConfigError of one
+    line."""
+    try:
+        return kind.from_pretrained(spec, **options)
+    except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{option}: cannot load one from {spec}: {reason}") from error
 
 
 def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -84,7 +100,7 @@ def load_causal_lm(spec: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0)
     """A causal language model in float32 from a folder, a hub name or "scratch:NAME"."""
     if spec.startswith(SCRATCH):
         return scratch_model(spec.removeprefix(SCRATCH), tokenizer, seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(spec, dtype=torch.float32)
+    model = load_pretrained(AutoModelForCausalLM, "model", spec, dtype=torch.float32)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
         raise ConfigError(
@@ -182,13 +198,14 @@ class ScalarModel(nn.Module):
     @classmethod
     def load(cls, spec: str) -> ScalarModel:
         """A saved reward model in float32."""
-        names = AutoConfig.from_pretrained(spec).architectures or []
+        names = load_pretrained(AutoConfig, "reward_model", spec).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in names):
             raise ConfigError(
                 f"reward_model: expected a sequence classifier in {spec}, "
                 f"got {', '.join(names) or 'none'}"
             )
-        return cls(AutoModelForSequenceClassification.from_pretrained(spec, dtype=torch.float32))
+        kind = AutoModelForSequenceClassification
+        return cls(load_pretrained(kind, "reward_model", spec, dtype=torch.float32))
 
     @property
     def bias(self) -> float:
@@ -380,7 +397,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Load what save_model wrote into a model that exists."""
     inner: Any = model.model if isinstance(model, ScalarModel) else model
-    saved = type(inner).from_pretrained(folder, dtype=inner.dtype)
+    saved = load_pretrained(type(inner), "checkpoint", str(folder), dtype=inner.dtype)
     inner.load_state_dict(saved.state_dict())
     if isinstance(model, ScalarModel):
         model.bias = ScalarModel(saved).bias

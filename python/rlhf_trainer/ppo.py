@@ -40,7 +40,7 @@ from rlhf_trainer.data import (
     read_prompts,
     shuffled,
 )
-from rlhf_trainer.metrics import KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
 from rlhf_trainer.model import (
     Samples,
     ScalarModel,
@@ -62,6 +62,18 @@ from rlhf_trainer.state import (
     write_json,
 )
 
+# What the stage takes from rlhf_kernels.
+PPO_OPS = (
+    "token_logprob",
+    "logprob_kl",
+    "kl_estimate",
+    "kl_shaped_rewards",
+    "masked_mean",
+    "masked_whiten",
+    "gae",
+    "policy_loss",
+    "value_loss",
+)
 RewardFn = Callable[[list[str], list[str]], Sequence[float]]
 KL_ERROR_BOUND = 0.2  # lm-human-preferences
 
@@ -112,7 +124,7 @@ def train_ppo(
     Raises ConfigError or DataError before any training.
     """
     began = time.perf_counter()
-    accelerator = start(config)
+    accelerator = start(config, PPO_OPS)
     backend, device = backend_of(config), accelerator.device
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
@@ -128,8 +140,13 @@ def train_ppo(
         raise ConfigError(
             f"max_prompt_tokens: expected a prompt that fits, got {len(encoded)} longer ones"
         )
+    dropped = len(encoded) - len(kept)
     prompts, encoded = [prompts[i] for i in kept], [encoded[i] for i in kept]
-    print(f"ppo: {len(kept)} prompts")
+    total, left_out = divmod(config.episodes, config.batch_size)
+    print(
+        f"ppo: {len(kept)} prompts, {dropped} dropped (long prompts); {total} iterations of "
+        f"{config.batch_size} episodes" + (f", {left_out} episodes left out" if left_out else "")
+    )
     if policy is None:
         policy = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
     if reward is None and reward_fn is None:
@@ -142,7 +159,6 @@ def train_ppo(
         check_length(model, longest)
     reference = copy.deepcopy(policy).eval()
 
-    total = config.episodes // config.batch_size
     actor, critic = accelerator.prepare_model(policy), accelerator.prepare_model(value)
     reference = accelerator.prepare_model(reference, evaluation_mode=True)
     judge: Any = reward
@@ -166,7 +182,7 @@ def train_ppo(
     state.resume()
     actor.eval()
     critic.eval()
-    log = MetricsLog(config.output, "ppo", state.step, on_step)
+    log = MetricsLog(config.output, config.stage, state.step, on_step)
     clock = KernelClock(config.profile_steps, config.backend, device)
     bar = tqdm(
         total=total, initial=state.step, desc="ppo", unit="iteration", disable=not config.progress
@@ -391,8 +407,8 @@ def train_ppo(
     for name, model in (("model", actor), ("value", critic)):
         replace_folder(config.output / name, partial(save_model, model, tokenizer))
     if config.plot:
-        plot(log.history, config.output / "curves.png")
+        plot(log.history, config.output / CURVES)
     kernels = clock.report()
-    write_json(config.output / "kernels.json", kernels)
+    write_json(config.output / KERNELS, kernels)
     seconds = time.perf_counter() - began
     return PPOResult(actor, critic, tokenizer, folder, log.history, kernels, seconds)

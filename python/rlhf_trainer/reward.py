@@ -43,7 +43,7 @@ from rlhf_trainer.data import (
     shuffled,
     split,
 )
-from rlhf_trainer.metrics import KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
 from rlhf_trainer.model import (
     ScalarModel,
     check_length,
@@ -65,6 +65,8 @@ from rlhf_trainer.state import (
     start,
     write_json,
 )
+
+REWARD_OPS = ("pairwise_reward_loss", "ranking_reward_loss")  # of rlhf_kernels
 
 
 @dataclass
@@ -98,7 +100,7 @@ def train_reward(
     any training.
     """
     began = time.perf_counter()
-    accelerator = start(config)
+    accelerator = start(config, REWARD_OPS)
     backend, device = backend_of(config), accelerator.device
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
@@ -130,10 +132,12 @@ def train_reward(
             "max_prompt_tokens: expected a prompt that fits, with completions not all tied, "
             f"got none in {len(train)} rankings"
         )
-    check_length(
-        model.model,
-        max(len(row.prompt) + len(row.response) for group in groups + held for row in group.rows),
-    )
+    if reference is not None:
+        zero = encode_demonstrations(tokenizer, reference, config.max_response_tokens)
+    else:
+        zero = [row for group in held or groups for row in group.rows]
+    rows = [*zero, *(row for group in groups + held for row in group.rows)]
+    check_length(model.model, max(len(row.prompt) + len(row.response) for row in rows))
     dropped = len(train) + len(heldout) - len(groups) - len(held)
     print(
         f"reward: {len(groups)} prompts, {len(held)} held out, "
@@ -151,7 +155,7 @@ def train_reward(
         config, tokenizer, {"model": scorer}, optimizer, scheduler, fingerprint((groups, held))
     )
     state.resume()
-    log = MetricsLog(config.output, "reward", state.step, on_step)
+    log = MetricsLog(config.output, config.stage, state.step, on_step)
     clock = KernelClock(config.profile_steps, config.backend, device)
     bar = tqdm(
         total=total, initial=state.step, desc="reward", unit="step", disable=not config.progress
@@ -224,18 +228,14 @@ def train_reward(
     bar.close()
     log.close()
     scorer = accelerator.unwrap_model(scorer, keep_fp32_wrapper=False).eval()
-    if reference is not None:
-        rows = encode_demonstrations(tokenizer, reference, config.max_response_tokens)
-    else:
-        rows = [row for group in held or groups for row in group.rows]
-    scores = score_rows(scorer, rows, pad, 2 * config.micro_batch_size)
+    scores = score_rows(scorer, zero, pad, 2 * config.micro_batch_size)
     scorer.bias -= scores.mean().item()
     folder = config.output / "model"
     replace_folder(folder, partial(save_model, scorer, tokenizer))
     if config.plot:
-        plot(log.history, config.output / "curves.png")
+        plot(log.history, config.output / CURVES)
     kernels = clock.report()
-    write_json(config.output / "kernels.json", kernels)
+    write_json(config.output / KERNELS, kernels)
     accuracy = log.history[-1].get("heldout_accuracy")
     seconds = time.perf_counter() - began
     return RewardResult(scorer, tokenizer, folder, log.history, accuracy, kernels, seconds)

@@ -35,7 +35,7 @@ from rlhf_trainer.data import (
     shuffled,
     split,
 )
-from rlhf_trainer.metrics import KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
 from rlhf_trainer.model import (
     check_length,
     checked_tokenizer,
@@ -56,6 +56,8 @@ from rlhf_trainer.state import (
     start,
     write_json,
 )
+
+SFT_OPS = ("token_logprob",)  # of rlhf_kernels
 
 
 @dataclass
@@ -88,7 +90,7 @@ def train_sft(
     """
     began = time.perf_counter()
     folder = config.output / "model"
-    accelerator = start(config)
+    accelerator = start(config, SFT_OPS)
     backend, device = backend_of(config), accelerator.device
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
@@ -132,7 +134,7 @@ def train_sft(
         config, tokenizer, {"model": lm}, optimizer, scheduler, fingerprint((rows, held))
     )
     state.resume()
-    log = MetricsLog(config.output, "sft", state.step, on_step)
+    log = MetricsLog(config.output, config.stage, state.step, on_step)
     clock = KernelClock(config.profile_steps, config.backend, device)
     bar = tqdm(
         total=total, initial=state.step, desc="sft", unit="step", disable=not config.progress
@@ -216,9 +218,9 @@ def train_sft(
         replace_folder(folder, partial(save_model, lm, tokenizer))
     lm.eval()
     if config.plot:
-        plot(log.history, config.output / "curves.png")
+        plot(log.history, config.output / CURVES)
     kernels = clock.report()
-    write_json(config.output / "kernels.json", kernels)
+    write_json(config.output / KERNELS, kernels)
     best = {"loss": state.best_loss, "step": state.best_step}
     seconds = time.perf_counter() - began
     return SFTResult(lm, tokenizer, folder, log.history, best, kernels, seconds)

@@ -10,7 +10,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from rlhf_kernels.backend import select
 from rlhf_trainer.config import ConfigError, RunConfig
-from rlhf_trainer.metrics import METRICS
+from rlhf_trainer.metrics import CURVES, KERNELS, METRICS
 from rlhf_trainer.model import load_weights, save_model
 
+MODELS = ("model", "value")  # folders of what a run ends with
 # A resumed run may differ in these and still continue the same run.
 FREE = {"config", "output", "resume", "device", "save_every", "progress", "plot", "profile_steps"}
 
 
-def start(config: RunConfig) -> Accelerator:
-    """Check the options, make the output folder, seed every generator and find the device."""
+def start(config: RunConfig, ops: Sequence[str]) -> Accelerator:
+    """Check the options, the output folder and that `ops` can run; find the device, make the folder
+    and seed every generator."""
     config.validate()
-    log = config.output / METRICS
-    if log.exists() and not config.resume:
-        raise ConfigError(
-            f"output: expected a folder without a run, got {config.output}; "
-            "continue that run with --resume or choose another folder"
-        )
-    config.output.mkdir(parents=True, exist_ok=True)
+    check_output(config)
     transformers_logging.disable_progress_bar()
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
@@ -53,8 +50,59 @@ def start(config: RunConfig) -> Accelerator:
             "accelerate: expected one process, which is what the trainer runs in, "
             f"got {accelerator.num_processes}"
         )
+    check_backend(config, ops, accelerator.device.type)
+    config.output.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
     return accelerator
+
+
+def check_output(config: RunConfig) -> None:
+    """Raise ConfigError where the run would overwrite another one, or has nothing left to do."""
+    output, log = config.output, config.output / METRICS
+    begun = log.exists() and log.stat().st_size > 0  # an empty one: it ended before its first step
+    saved = checkpoints(output)
+    if not config.resume and (begun or saved):
+        raise ConfigError(
+            f"output: expected a folder without a run, got {output}; "
+            "continue that run with --resume or choose another folder"
+        )
+    if begun and (stage := recorded_stage(log)) != config.stage:
+        raise ConfigError(f"resume: expected a run of {config.stage}, got one of {stage}: {output}")
+    if begun and (output / KERNELS).exists():  # written last
+        raise ConfigError(f"resume: expected a run that broke off, got a finished one: {output}")
+    for name in MODELS:
+        if not saved and (output / name).exists():
+            raise ConfigError(
+                f"output: expected a checkpoint to resume or a folder without {name}/, which "
+                f"starting afresh would overwrite, got {output}"
+            )
+
+
+def recorded_stage(log: Path) -> str:
+    """The stage whose run wrote the metrics."""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        line = file.readline()
+    try:
+        return str(json.loads(line)["stage"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{log}:1: expected the metrics of a run, got {line[:40]!r}") from error
+
+
+def check_backend(config: RunConfig, ops: Sequence[str], device_type: str) -> None:
+    """Raise ConfigError for the first of `ops` that the backend asked for cannot run."""
+    for op in ops:
+        try:
+            select(op, device_type, backend_of(config))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+
+def remove_run(output: Path) -> None:
+    """Remove what a run writes, and nothing else."""
+    for name in (METRICS, CURVES, KERNELS):
+        (output / name).unlink(missing_ok=True)
+    for folder in (*(output / name for name in MODELS), *checkpoints(output)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def backend_of(config: RunConfig) -> str | None:
@@ -133,15 +181,23 @@ class RunState:
         Raises ConfigError where options or data differ from those of the checkpoint.
         """
         found = checkpoints(self.config.output)
-        if not self.config.resume or not found:
+        if not self.config.resume:
             return
-        record = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
+        if not found:
+            print(f"{self.config.stage}: no checkpoint in {self.config.output}: starting afresh")
+            return
+        path = found[-1] / "state.pt"
+        try:
+            record = torch.load(path, map_location="cpu", weights_only=True)
+            options, data = record["options"], record["data"]
+        except Exception as error:  # a damaged file can make the unpickler raise anything
+            raise ConfigError(f"{path}: not a checkpoint ({type(error).__name__})") from error
         for name, value in self._options().items():
-            if record["options"][name] != value:
+            if options.get(name) != value:
                 raise ConfigError(
-                    f"{name}: expected {record['options'][name]} as in {found[-1]}, got {value}"
+                    f"{name}: expected {options.get(name)} as in {found[-1]}, got {value}"
                 )
-        if record["data"] != self.data:
+        if data != self.data:
             raise ConfigError(f"training data: expected those of {found[-1]}, got others")
         for name, model in self.models.items():
             load_weights(model, found[-1] / name)
@@ -175,7 +231,8 @@ class RunState:
 
     def _options(self) -> dict[str, str]:
         values = dataclasses.asdict(self.config)
-        return {name: str(value) for name, value in values.items() if name not in FREE}
+        kept = {name: str(value) for name, value in values.items() if name not in FREE}
+        return {"stage": self.config.stage, **kept}
 
 
 def checkpoints(output: Path) -> list[Path]:

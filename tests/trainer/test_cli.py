@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -71,6 +72,8 @@ def test_yaml_is_overridden_by_the_command_line(tmp_path):
         ("keep: first", r"keep: expected Literal\['best', 'last'\], got 'first'"),
         ("adam_betas: [0.9]", r"adam_betas: expected tuple\[float, float\], got \[0.9\]"),
         ("train_file: 3", "train_file: expected Path, got 3"),
+        ("batch_size: .inf", "batch_size: expected int, got inf"),
+        ("[" * 100_000, "cannot be read as YAML"),
         ("- epochs", "expected a mapping of options, got list"),
         ("a: b: c", "cannot be read as YAML"),
     ],
@@ -97,6 +100,11 @@ def test_yaml_none_and_empty(tmp_path):
         (SFTConfig(epochs=0), "epochs: expected an integer >= 1, got 0"),
         (SFTConfig(learning_rate=-1.0), "learning_rate: expected a number > 0, got -1.0"),
         (SFTConfig(adam_betas=(0.9, 1.0)), "adam_betas: expected two numbers in"),
+        (SFTConfig(learning_rate=math.inf), "learning_rate: expected a finite number, got inf"),
+        (SFTConfig(adam_betas=(0.9, math.nan)), "adam_betas: expected a finite number, got"),
+        (PPOConfig(missing_eos_score=math.nan), "missing_eos_score: expected a finite number"),
+        (SFTConfig(seed=-1), r"seed: expected an integer in \[0, 2\*\*32\), got -1"),
+        (SFTConfig(seed=5_000_000_000), "seed: expected an integer in .* got 5000000000"),
         (SFTConfig(dropout=1.0), "dropout: expected a number in"),
         (RewardConfig(heldout_share=1.0), "heldout_share: expected a number in"),
         (PPOConfig(batch_size=10, minibatches=3), "minibatches: expected a divisor of batch_size"),
@@ -142,11 +150,26 @@ def test_mistakes_end_with_a_message(args, message, tmp_path, write_lines):
     assert str(caught.value).startswith(f"rlhf-train {args[0]}: ")
 
 
-def test_a_run_is_not_overwritten(tmp_path, sft_config):
-    from rlhf_trainer.state import start
+def test_without_the_extra_the_command_says_what_to_install():
+    code = (
+        "import sys\n"
+        "for name in ('tyro', 'yaml'): sys.modules[name] = None\n"
+        "from rlhf_trainer.cli import main; main(['sft', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=environment())  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("rlhf-train sft: ")
+    assert done.stderr.endswith("; run: pip install 'rlhf-kernels[train]'\n")
+    assert done.stderr.count("\n") == 1
 
-    config = sft_config()
-    config.output.mkdir()
-    (config.output / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="output: expected a folder without a run"):
-        start(config)
+
+def test_end_line_without_held_out_data(tmp_path, write_lines, capsys):
+    rows = [{"prompt": "say", "response": "a", "chosen": "a", "rejected": "b"}] * 4
+    path = write_lines("data.jsonl", rows)
+    for stage in ("sft", "reward"):
+        args = f"{stage} --model scratch:gpt2-tiny --train-file {path} --output {tmp_path / stage}"
+        quick = "--heldout-share 0 --epochs 1 --device cpu --no-progress --no-plot"
+        main([*args.split(), *quick.split()])
+        end = capsys.readouterr().out.splitlines()[-1]
+        assert end == f"{stage}: no held-out data; {tmp_path / stage / 'model'}"

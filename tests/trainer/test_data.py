@@ -35,6 +35,10 @@ CHAT = [
 GOOD = {"prompt": "say a", "response": "a"}
 
 
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
 def test_read_demonstrations(write_lines, name):
     path = write_lines(name, [GOOD, "", {"prompt": "say ü", "response": "ü", "id": 7}])
@@ -52,6 +56,15 @@ def test_read_demonstrations(write_lines, name):
         ({"messages": []}, "messages: expected a list of one or more"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content: expected a string, got None"),
         ({"messages": [{"role": "bot", "content": "a"}]}, r"messages\[0\].role: expected system"),
+        ("[" * 100_000, "not valid JSON: too many brackets"),
+        ('{"prompt": "\\ud800x", "response": "a"}', "prompt: expected Unicode text, got the lone"),
+        ('{"prompt": "say a", "response": "\\ud800x"}', "response: expected Unicode text"),
+        (
+            '{"messages": [{"role": "user", "content": "\\udfff"}]}',
+            r"messages\[0\].content: expected Unicode text",
+        ),
+        ({"messages": [*CHAT[:3], answer("")]}, r"messages\[3\].content: expected an answer, got"),
+        ({"messages": [*CHAT[:3], answer(" ")]}, r"messages\[3\].content: expected an answer, got"),
         ({"messages": CHAT[:3]}, "expected the last one from the assistant, got one from 'user'"),
     ],
 )
@@ -78,6 +91,16 @@ def test_bad_demonstration_names_file_line_and_fault(write_lines, line, message)
             {"prompt": "p", "completions": ["a", "b"]},
             "ranks: expected a list of 2 numbers, got None",
         ),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 10**400]},
+            r"ranks\[1\]: expected a number that float32 holds, got 10000",
+        ),
+        ({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 1e39]}, r"ranks\[1\]: expected"),
+        (
+            '{"prompt": "p", "completions": ["a", "\\ud800"], "ranks": [1, 2]}',
+            r"completions\[1\]: expected Unicode text",
+        ),
+        ('{"chosen": "\\ud800", "rejected": "a"}', "chosen: expected Unicode text"),
         ({"prompt": "p", "chosen": "a"}, "missing key 'rejected'"),
         ({"chosen": "a b", "rejected": "a c"}, "expected transcripts that share a prefix"),
     ],
@@ -159,6 +182,44 @@ def test_read_chats_without_and_with_a_template(write_lines, tokenizer):
     assert encode_responses(tokenizer, [templated.response], 9) == [
         tokenizer.convert_tokens_to_ids(["b", "<eos>"])
     ]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0].content.text.first }}",
+        "{{ 1 + messages[0].content }}",
+    ],
+)
+def test_chat_that_its_template_refuses(write_lines, tokenizer, template):
+    tokenizer.chat_template = template
+    message = (
+        r"chat\.jsonl:2: messages: the chat template refuses them: .*(roles|attribute|operand)"
+    )
+    with pytest.raises(DataError, match=message):
+        read_demonstrations(write_lines("chat.jsonl", [GOOD, {"messages": CHAT}]), tokenizer)
+    rows = [{"prompt": "say a"}, {"messages": CHAT[:1]}]
+    with pytest.raises(DataError, match=message):
+        read_prompts(write_lines("chat.jsonl", rows), tokenizer)
+
+
+def test_prompts_without_tokens_name_file_and_line(write_lines, tokenizer):
+    """Known only once there is a tokenizer, and after the split into training and held out."""
+    message = r"\.jsonl:2: prompt: expected text with tokens, got '<eos>'$"
+    rows: list = [{"prompt": "say a"}, {"prompt": "<eos>"}]
+    prompts = read_prompts(write_lines("prompts.jsonl", rows))
+    with pytest.raises(DataError, match=r"prompts" + message):
+        encode_prompts(tokenizer, prompts)
+    rows = [{**row, "response": "a", "chosen": "a", "rejected": "b"} for row in rows]
+    path = write_lines("both.jsonl", rows)
+    demonstrations = read_demonstrations(path)
+    for part in split(demonstrations, [d.prompt for d in demonstrations], 0.5, seed=1):
+        if part[0].prompt == "<eos>":
+            with pytest.raises(DataError, match=r"both" + message):
+                encode_demonstrations(tokenizer, part, 8)
+    with pytest.raises(DataError, match=r"both" + message):  # once, not once a completion
+        encode_rankings(tokenizer, read_rankings(path), 8)
 
 
 def test_read_prompts(write_lines):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from rlhf_trainer.config import ConfigError
-from rlhf_trainer.demo import Answers, DemoConfig, agreement, main, make_tokenizer, win_rate
+from rlhf_trainer.demo import Answers, DemoConfig, agreement, claim, main, make_tokenizer, win_rate
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +49,45 @@ def test_demo_spends_time_in_the_kernels(finished):
     assert {"rlhf_kernels::gae", "rlhf_kernels::policy_loss_fwd"} <= ops
 
 
-def test_demo_replaces_a_demo_and_nothing_else(finished, tmp_path):
+@pytest.mark.parametrize("other", [None, "{}", '{"name": "a demo of mine"}', "[1]", "{"])
+def test_folder_that_is_no_demos_is_refused(tmp_path, other):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="out: expected an earlier demo or no folder"):
+    if other is not None:
+        (tmp_path / "demo.json").write_text(other)
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="out: expected an earlier demo, an empty folder or none"):
         main(DemoConfig(out=tmp_path, quick=True))
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_files_beside_an_earlier_demos_are_kept(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    for place in (out, out / "ppo", out / "notes"):
+        place.mkdir(exist_ok=True)
+        (place / "thesis.txt").write_text("years of work")
+    claim(out)
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert left == {"demo.json", "thesis.txt", "ppo/thesis.txt", "notes/thesis.txt"}
+    claim(out)  # again: what was cut off is still known as a demo
+
+
+def test_demo_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    claim(Path("."))
+    (tmp_path / "thesis.txt").write_text("years of work")
+    claim(Path("."))
+    assert {path.name for path in tmp_path.iterdir()} == {"demo.json", "thesis.txt"}
+
+
+def test_demo_checks_its_options_before_it_clears_anything(finished, monkeypatch):
+    out, _ = finished
+    with pytest.raises(ConfigError, match="seed: expected an integer"):
+        main(DemoConfig(out=out, quick=True, seed=-1))
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "cuda")  # of which the demo's CPU tensors know none
+    with pytest.raises(ConfigError, match="RLHF_KERNELS_BACKEND: 'cuda'"):
+        main(DemoConfig(out=out, quick=True))
+    assert (out / "curves.png").exists()
 
 
 def test_tokenizer_is_exact():

@@ -215,6 +215,27 @@ def test_tokenizers(tmp_path, tokenizer):
         checked_tokenizer(tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_model_folder_without_a_tokenizer(tmp_path, make_model, kind):
+    """transformers makes one without words for GPT-2, and raises for Llama."""
+    make_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"tokenizer: (expected one in|cannot load one from) /"):
+        load_tokenizer(None, str(tmp_path))
+
+
+def test_damaged_model_folder_is_named_in_one_line(tmp_path, make_model, tokenizer):
+    save_model(make_model(), tokenizer, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ConfigError, match=r"model: cannot load one from /.*\Z") as caught:
+        load_causal_lm(str(tmp_path), tokenizer)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="checkpoint: cannot load one from /"):
+        load_weights(make_model(), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="reward_model: cannot load one from /"):
+        ScalarModel.load(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["gpt2-tiny", "llama-tiny"])
 def test_scratch_models(tokenizer, same_weights, name):
     model = load_causal_lm(f"scratch:{name}", tokenizer, seed=1)

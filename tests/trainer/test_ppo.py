@@ -191,6 +191,19 @@ def test_losses_of_the_first_iteration_by_hand(ppo_config, make_model, tokenizer
     assert metrics["policy_loss"] == pytest.approx(0.0, abs=1e-6)  # whitened advantages, ratio 1
 
 
+def test_what_is_left_out_is_counted(ppo_config, make_model, tokenizer, capsys):
+    result = train_ppo(
+        ppo_config(episodes=20, max_prompt_tokens=3),
+        policy=make_model(),
+        tokenizer=tokenizer,
+        reward_fn=count_good,
+        prompts=PROMPTS,
+    )
+    assert len(result.history) == 1
+    said = "ppo: 2 prompts, 2 dropped (long prompts); 1 iterations of 16 episodes, 4 episodes left"
+    assert said in capsys.readouterr().out
+
+
 def test_missing_eos_rules(ppo_config, make_model, tokenizer):
     rows = {}
     for name, options in {

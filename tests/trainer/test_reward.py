@@ -144,6 +144,19 @@ def test_bias_makes_the_reference_answers_average_zero(reward_config, make_model
     assert ScalarModel.load(str(result.folder)).bias == result.model.bias != 0
 
 
+def test_bad_reference_answers_are_found_before_training(
+    reward_config, make_model, tokenizer, pairs
+):
+    for prompt, error in (("<eos>", "expected text with tokens"), ("a " * 70, "at most the model")):
+        config = reward_config(prompt[:1])
+        with pytest.raises(ValueError, match=error):
+            train_reward(
+                config, model=make_model(), tokenizer=tokenizer, train=pairs,
+                reference=[Demonstration(prompt, "a")],
+            )  # fmt: skip
+        assert not (config.output / "metrics.jsonl").exists()
+
+
 def test_resumed_run_equals_the_uninterrupted_one(
     reward_config, make_model, tokenizer, pairs, interrupt, same_weights, untimed
 ):
