@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/simd.h"
+#include "types.h"
 
 namespace rlhf_kernels {
 

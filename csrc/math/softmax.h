@@ -15,6 +15,15 @@ RK_HD Softmax rescale(Softmax s, double to, double scale) {
   return {to, s.sum * factor, (s.dot + d * s.sum) * factor};
 }
 
+// The sums of both, relative to the larger maximum. A part without a finite element has sums of 0
+// (or NaN, which has to stay).
+RK_HD Softmax merge(Softmax a, Softmax b, double scale) {
+  const double top = max(b.max, a.max);
+  if (top > a.max && a.max != -__builtin_inf()) a = rescale(a, top, scale);
+  if (top > b.max && b.max != -__builtin_inf()) b = rescale(b, top, scale);
+  return {top, a.sum + b.sum, a.dot + b.dot};
+}
+
 // H = log sum - sum p s
 RK_HD double entropy_of(Softmax s, double log_sum) { return log_sum - s.dot / s.sum; }
 

@@ -1,0 +1,218 @@
+// What the token_logprob kernels share: arguments, the sums of a row, what is made of them.
+#pragma once
+#include "launch.h"
+#include "row.h"
+
+#include "math/softmax.h"
+
+namespace rlhf_kernels {
+
+struct TokenLogprobArgs {
+  const void* logits;
+  RowStrides logit_rows;
+  int64_t rows, vocab;
+  const int64_t* tokens;  // (rows, per_row)
+  int64_t per_row;
+  const void* temperature;  // (rows) in the accumulation dtype, or null: temperature_value
+  double temperature_value;
+  int64_t ignore_index;
+  void *entropy, *row_max, *log_sum;  // (rows), entropy may be null
+  void* logprob;                      // (rows, per_row)
+  // A row is cut into `parts` of `part` columns, by V and the dtype alone.
+  int64_t parts, part;
+  void* partial;  // (rows, parts, 3) where parts > 1: maximum and sums of each part
+  // backward
+  const void *grad_logprob, *grad_entropy;  // (rows, per_row), (rows); may be null
+  double grad_value;                        // of each log-probability where grad_logprob is null
+  void* grad_logits;
+  RowStrides grad_rows;
+  void* scratch;  // (rows, per_row): the targets' gradients
+};
+
+inline constexpr int kHeld = 4;  // vectors a thread holds: loads in flight, elements a maximum
+inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// 2^x is 0 below: bounds exponents that are multiplied by it.
+inline constexpr double kNothing = -2000;
+
+// Of x = (z - max) scale log2 e: sum = sum 2^x, dot = sum x 2^x. Relative to 0 while max is -inf.
+template <class A>
+struct Sums {
+  A max = -INFINITY, sum = 0, dot = 0;
+};
+
+// The same sums relative to the maximum `to` >= max.
+template <class A>
+RK_D void raise(Sums<A>& s, A to, A scale) {
+  const A d = s.max == -INFINITY ? A(0) : at_least((s.max - to) * scale, kNothing);
+  const A factor = exp2_flush(d);
+  s = {to, s.sum * factor, (s.dot + d * s.sum) * factor};
+}
+
+// The sums of both.
+template <class A>
+RK_D Sums<A> together(Sums<A> a, Sums<A> b, A scale) {
+  const A top = larger(a.max, b.max);
+  raise(a, top, scale);
+  raise(b, top, scale);
+  return {top, a.sum + b.sum, a.dot + b.dot};
+}
+
+// The sums of a block from those of its threads. scratch: kWarp elements of shared memory.
+template <bool kEntropy, class A>
+RK_D void reduce_block(Sums<A>& s, A scale, A* scratch) {
+  raise(s, block_reduce<Max>(s.max, A(-INFINITY), scratch), scale);
+  s.sum = block_reduce<Sum>(s.sum, A(0), scratch);
+  if constexpr (kEntropy) s.dot = block_reduce<Sum>(s.dot, A(0), scratch);
+}
+
+// One exponential an element: the maximum of all that is held comes first.
+template <bool kEntropy, class A, int kCount>
+RK_D void add_tile(const A (&z)[kHeld][kCount], A scale, Sums<A>& s) {
+  A top[kHeld], sum[kHeld] = {}, dot[kHeld] = {};
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    top[j] = z[j][0];
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) top[j] = larger(top[j], z[j][i]);
+  }
+  const A most = larger(larger(top[0], top[1]), larger(top[2], top[3]));
+  if (most > s.max) raise(s, most, scale);
+  const A shift = s.max == -INFINITY ? A(0) : s.max;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const A x = (z[j][i] - shift) * scale, e = exp2_flush(x);
+      sum[j] += e;
+      if constexpr (kEntropy) dot[j] = fma(e, at_least(x, kNothing), dot[j]);
+    }
+  s.sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  s.dot += (dot[0] + dot[1]) + (dot[2] + dot[3]);
+}
+
+template <class A>
+RK_D Softmax in_nats(const Sums<A>& s) {
+  return {double(s.max), double(s.sum), double(s.dot) * kLn2};
+}
+
+RK_D bool in_vocab(const TokenLogprobArgs& a, int64_t token) {
+  return token >= 0 && token < a.vocab;
+}
+
+// Is any token of the row scored? If not, its logits are not read.
+RK_D bool row_used(const TokenLogprobArgs& a, int64_t row) {
+  bool used = false;
+  for (int64_t k = 0; k < a.per_row; ++k) used |= a.tokens[row * a.per_row + k] != a.ignore_index;
+  return used;
+}
+
+template <class A>
+RK_D double scale_of(const TokenLogprobArgs& a, int64_t row) {
+  return 1 /
+         (a.temperature ? double(static_cast<const A*>(a.temperature)[row]) : a.temperature_value);
+}
+
+// The log-probability of a token with logit z: 0 where ignored, NaN outside of the vocabulary.
+template <class A>
+RK_D A logprob_of(const TokenLogprobArgs& a, int64_t token, double z, double max, double scale,
+                  double log_sum) {
+  if (token == a.ignore_index) return A(0);
+  return in_vocab(a, token) ? A((z - max) * scale - log_sum) : A(NAN);
+}
+
+// One warp: the statistics of a row from its sums, and the log-probabilities of its tokens.
+template <class T>
+RK_D void write_row(const TokenLogprobArgs& a, int64_t row, bool used, const Softmax& sums) {
+  using A = typename Compute<T>::Scalar;
+  const T* z = static_cast<const T*>(a.logits) + row_offset(a.logit_rows, row);
+  const Softmax s = used ? sums : Softmax{0, 1, 0};
+  const double log_sum = ::log(s.sum), scale = scale_of<A>(a, row);
+  for (int64_t k = lane_index(); k < a.per_row; k += kWarp) {
+    const int64_t i = row * a.per_row + k, token = a.tokens[i];
+    const double logit = in_vocab(a, token) && token != a.ignore_index ? to_float(z[token]) : 0;
+    static_cast<A*>(a.logprob)[i] = logprob_of<A>(a, token, logit, s.max, scale, log_sum);
+  }
+  if (lane_index() != 0) return;
+  static_cast<A*>(a.row_max)[row] = A(s.max);
+  static_cast<A*>(a.log_sum)[row] = A(log_sum);
+  if (a.entropy) static_cast<A*>(a.entropy)[row] = A(entropy_of(s, log_sum));
+}
+
+// The upstream gradient of the log-probability of token i.
+template <class A>
+RK_D double upstream_of(const TokenLogprobArgs& a, int64_t i) {
+  return a.grad_logprob ? double(static_cast<const A*>(a.grad_logprob)[i]) : a.grad_value;
+}
+
+// What the gradient of a row is made of. Tokens outside of the vocabulary have none.
+template <class A>
+struct Upstream {
+  bool used = false;
+  double scale = 1, total = 0, grad_entropy = 0, entropy = 0, max = 0, log_sum = 0;
+
+  RK_D Upstream of(const TokenLogprobArgs& a, int64_t row) {
+    Upstream u;
+    for (int64_t k = row * a.per_row; k < (row + 1) * a.per_row; ++k) {
+      if (a.tokens[k] == a.ignore_index) continue;
+      u.used = true;
+      if (in_vocab(a, a.tokens[k])) u.total += upstream_of<A>(a, k);
+    }
+    if (!u.used) return u;
+    u.scale = scale_of<A>(a, row);
+    if (a.grad_entropy) {
+      u.grad_entropy = static_cast<const A*>(a.grad_entropy)[row];
+      u.entropy = static_cast<const A*>(a.entropy)[row];
+    }
+    u.max = static_cast<const A*>(a.row_max)[row];
+    u.log_sum = static_cast<const A*>(a.log_sum)[row];
+    return u;
+  }
+};
+
+// The gradient of the logit z of token `token`, which may be scored more than once: g (1 - p) from
+// expm1.
+template <class A>
+RK_D A target_of(const TokenLogprobArgs& a, int64_t row, int64_t token, double z,
+                 const Upstream<A>& u) {
+  double own = 0;
+  for (int64_t k = row * a.per_row; k < (row + 1) * a.per_row; ++k)
+    if (a.tokens[k] == token) own += upstream_of<A>(a, k);
+  const double log_p = (z - u.max) * u.scale - u.log_sum;
+  return z == -INFINITY
+             ? A(0)
+             : A(target_gradient(log_p, own, u.total, u.grad_entropy, u.entropy) * u.scale);
+}
+
+// The gradients of a vector of logits as if none were a target, in place of the logits.
+template <bool kEntropy, class A, int kCount>
+RK_D void gradients(A (&z)[kCount], const Upstream<A>& u) {
+  const A max = A(u.max), scale = A(u.scale * kLog2E), log_sum = A(u.log_sum * kLog2E);
+  const A G = A(u.total * u.scale), h = A(u.grad_entropy * u.scale), H = A(u.entropy);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const A log2_p = fma(z[i] - max, scale, -log_sum), p = exp2_flush(log2_p);
+    z[i] = kEntropy ? logit_gradient(p, log2_p * A(kLn2), G, h, H) : -p * G;
+  }
+}
+
+// ---- launchers (token_logprob.cu)
+// -------------------------------------------------------------------------------------
+
+// The arguments that all share. The tensors must outlive the struct.
+TokenLogprobArgs token_logprob_args(const Tensor& logits, const Tensor& tokens,
+                                    const std::optional<Tensor>& temperature,
+                                    double temperature_value, int64_t ignore_index);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob_fwd(
+    const Tensor& logits, const Tensor& tokens, const std::optional<Tensor>& temperature,
+    double temperature_value, int64_t ignore_index, bool with_entropy);
+
+// grad_value: of each log-probability where grad_logprob is missing.
+void token_logprob_bwd_into(const Tensor& grad_logits, const std::optional<Tensor>& grad_logprob,
+                            double grad_value, const std::optional<Tensor>& grad_entropy,
+                            const Tensor& logits, const Tensor& tokens,
+                            const std::optional<Tensor>& temperature, double temperature_value,
+                            int64_t ignore_index, const Tensor& entropy, const Tensor& row_max,
+                            const Tensor& log_sum);
+
+}  // namespace rlhf_kernels

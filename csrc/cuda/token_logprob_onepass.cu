@@ -1,0 +1,234 @@
+// token_logprob and the gradient of its log-probabilities in one go: one read and one write of the
+// logits. The row waits in the shared memory of a cluster's blocks; it is not read again, and no
+// probability is written.
+// Fused: forward and backward, for losses whose row coefficients are known, or are applied later.
+#include "token_logprob.h"
+
+namespace rlhf_kernels {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kScratch = 512;  // bytes of shared memory before the logits
+inline constexpr int kMargin = 16;    // before and after them: what 16-byte accesses reach
+// A block's share of a row: with no more than this, several blocks share a multiprocessor, and
+// while one copies another computes. Measure before it is changed.
+inline constexpr int kShare = 48 * 1024;
+template <class T>
+inline constexpr int kResident = sizeof(T) == 8 ? 2 : 4;
+
+// Columns [begin, begin + count) of the row to shared memory, at the distance from a 16-byte
+// boundary that they have in memory; returns where the first one is to be. Words that reach over an
+// end of the row are copied by element.
+template <class T>
+RK_D const T* copy_part(const Row<const T>& row, int64_t begin, int64_t count, unsigned char* to) {
+  const int64_t lead = skew_of(row.at + begin) / static_cast<int>(sizeof(T));
+  T* held = reinterpret_cast<T*>(to);  // column begin - lead
+  for (int64_t i = thread_index() * kLanes<T>; i < lead + count;
+       i += int64_t(block_size()) * kLanes<T>) {
+    const int64_t first = begin - lead + i;
+    if (first >= 0 && first + kLanes<T> <= row.size) {
+      copy16_async(held + i, row.at + first);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kLanes<T>; ++j)
+        if (first + j >= 0 && first + j < row.size) held[i + j] = row.at[first + j];
+    }
+  }
+  copy_commit();
+  return held + lead;
+}
+
+// Columns [first, first + kLanes) of the part; -inf outside of it.
+template <class T>
+RK_D void load_held(const T* held, int64_t count, int64_t first,
+                    typename Compute<T>::Scalar (&out)[kLanes<T>]) {
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) out[i] = -INFINITY;
+  if (first >= count) return;
+  const T* p = held + first;
+  const int skew = skew_of(p);
+  const unsigned char* word = reinterpret_cast<const unsigned char*>(p) - skew;
+  unpack(skew ? join(load16_shared(word), load16_shared(word + 16), skew) : load16_shared(word), p,
+         out);
+  if (first >= 0 && first + kLanes<T> <= count) return;
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (first + i < 0 || first + i >= count) out[i] = -INFINITY;
+}
+
+// The sums of the row from those of the cluster's blocks, in order. slot: in shared memory, not
+// touched again before the next barrier of the cluster.
+template <class A>
+RK_D Sums<A> join_cluster(const Sums<A>& own, A scale, Sums<A>* slot) {
+  if (thread_index() == 0) *slot = own;
+  sync_cluster();
+  Sums<A> s = *remote(slot, 0);
+  for (int rank = 1; rank < cluster_size(); ++rank) s = together(s, *remote(slot, rank), scale);
+  return s;
+}
+
+// A cluster a row, a part of it a block.
+template <class T, bool kEntropy>
+__global__ void __launch_bounds__(kThreads, kResident<T>)
+    token_logprob_onepass_kernel(const TokenLogprobArgs a) {
+  using A = typename Compute<T>::Scalar;
+  A* scratch = reinterpret_cast<A*>(shared_memory());
+  Sums<A>* slot = reinterpret_cast<Sums<A>*>(scratch + kWarp);
+  const int64_t begin = cluster_rank() * a.part, step = block_size() * kLanes<T>;
+  const int64_t count = begin + a.part < a.vocab ? a.part : a.vocab - begin;
+  for (int64_t row = block_index() / cluster_size(); row < a.rows;
+       row += block_count() / cluster_size()) {
+    const Row<const T> z{static_cast<const T*>(a.logits) + row_offset(a.logit_rows, row), a.vocab};
+    const Row<T> grad{static_cast<T*>(a.grad_logits) + row_offset(a.grad_rows, row) + begin, count};
+    const int64_t lead = skew_of(grad.at) / static_cast<int>(sizeof(T));
+    const int64_t* tokens = a.tokens + row * a.per_row;
+    A* logprob = static_cast<A*>(a.logprob) + row * a.per_row;
+    Upstream<A> u = Upstream<A>::of(a, row);
+    Sums<A> s{A(0), A(1), A(0)};
+    const T* held = nullptr;
+    if (u.used) {
+      held = copy_part(z, begin, count, shared_memory() + kScratch + kMargin);
+      copy_wait<0>();
+      sync_block();
+      const A scale = A(u.scale * kLog2E);
+      s = {};
+      for (int64_t at = 0; at < count; at += step * kHeld) {
+        A x[kHeld][kLanes<T>];
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j)
+          load_held(held, count, at + thread_index() * kLanes<T> + j * step, x[j]);
+        add_tile<kEntropy>(x, scale, s);
+      }
+      reduce_block<kEntropy>(s, scale, scratch);
+      s = join_cluster(s, scale, slot);
+      u.max = s.max;
+    }
+    const Softmax sums = in_nats(s);
+    const double log_sum = ::log(sums.sum);
+    u.log_sum = A(log_sum);
+    for (int64_t at = -lead + thread_index() * kLanes<T>; at < count; at += step) {
+      A x[kLanes<T>] = {};
+      if (u.used) {
+        load_held(held, count, at, x);
+        gradients<false>(x, u);
+      }
+      store_columns(grad, at, x);
+    }
+    sync_block();  // the targets' gradients come last
+    for (int64_t k = thread_index(); k < a.per_row; k += block_size()) {
+      const int64_t token = tokens[k], at = token - begin;
+      const bool scored = token != a.ignore_index && in_vocab(a, token);
+      if (scored && at >= 0 && at < count) {
+        const double logit = to_float(held[at]);
+        from_float(grad.at + at, target_of(a, row, token, logit, u));
+        logprob[k] = logprob_of<A>(a, token, logit, u.max, u.scale, log_sum);
+      } else if (!scored && begin == 0) {
+        logprob[k] = logprob_of<A>(a, token, 0, 0, 1, 0);
+      }
+    }
+    if (begin == 0 && thread_index() == 0) {
+      static_cast<A*>(a.row_max)[row] = A(u.max);
+      static_cast<A*>(a.log_sum)[row] = A(log_sum);
+      if (a.entropy) static_cast<A*>(a.entropy)[row] = A(entropy_of(sums, log_sum));
+    }
+    sync_cluster();  // before the next row comes, or this block leaves: others read its slot
+  }
+}
+
+// ---- launchers
+// -------------------------------------------------------------------------------------
+
+// How a row is spread over a cluster; no blocks where it does not fit.
+template <class T>
+static Grid spread(TokenLogprobArgs& a) {
+  const int64_t most = most_shared_bytes() - kScratch - 4 * kMargin;
+  int cluster = 1;
+  const auto share = [&] {
+    a.part = ceil_div(ceil_div(a.vocab, cluster), kLanes<T>) * kLanes<T>;
+    return a.part * static_cast<int64_t>(sizeof(T));
+  };
+  while (share() > kShare && cluster < most_blocks_in_cluster()) cluster *= 2;
+  const bool fits = share() <= most && a.part * (cluster - 1) < a.vocab;
+  const int64_t rows = a.rows < int64_t(1) << 27 ? a.rows : int64_t(1) << 27;
+  const int bytes = static_cast<int>(share()) + kScratch + 4 * kMargin;
+  return {fits ? rows * cluster : 0, kThreads, bytes, cluster};
+}
+
+template <class T>
+static bool run_onepass(TokenLogprobArgs a, void* stream) {
+  const Grid grid = spread<T>(a);
+  if (grid.blocks == 0) return a.rows == 0;
+  launch("token_logprob_onepass",
+         a.entropy ? token_logprob_onepass_kernel<T, true> : token_logprob_onepass_kernel<T, false>,
+         grid, stream, a);
+  return true;
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// grad_logprob: the upstream gradients; without them 1. Two reads where one is not possible.
+static Results onepass_into(const Tensor& grad_logits, const Tensor& logits,
+                            const Tensor& tokens_in, const std::optional<Tensor>& temperature_in,
+                            double temperature_value, int64_t ignore_index,
+                            const std::optional<Tensor>& grad_logprob_in, bool with_entropy) {
+  const OnDevice on(logits);
+  const ScalarType type = accumulation_type(logits);
+  const Tensor tokens = dense(tokens_in, ScalarType::Long);
+  const auto temperature = dense(temperature_in, type), grad_logprob = dense(grad_logprob_in, type);
+  TokenLogprobArgs a =
+      token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
+  const int64_t* rows_shape = logits.sizes().data();
+  const int64_t dims = logits.dim() - 1;
+  Tensor logprob = device_empty(logits, tokens.sizes().data(), tokens.dim(), type);
+  Tensor row_max = device_empty(logits, rows_shape, dims, type);
+  Tensor log_sum = device_empty(logits, rows_shape, dims, type);
+  Tensor entropy =
+      with_entropy ? device_empty(logits, rows_shape, dims, type) : device_empty(logits, {0}, type);
+  a.logprob = logprob.mutable_data_ptr();
+  a.row_max = row_max.mutable_data_ptr();
+  a.log_sum = log_sum.mutable_data_ptr();
+  a.entropy = with_entropy ? entropy.mutable_data_ptr() : nullptr;
+  a.grad_logprob = data_or_null(grad_logprob);
+  a.grad_value = 1;
+  a.grad_logits = grad_logits.mutable_data_ptr();
+  a.grad_rows = row_strides(grad_logits, "logits");
+  const auto run = [&]() -> bool {
+    RK_SWITCH(dtype_of(logits, "logits"), run_onepass, a, on.stream)
+    return false;
+  };
+  if (run()) return {logprob, entropy, row_max, log_sum};
+  const Results results =
+      token_logprob_fwd(logits, tokens, temperature, temperature_value, ignore_index, with_entropy);
+  token_logprob_bwd_into(grad_logits, grad_logprob, 1, std::nullopt, logits, tokens, temperature,
+                         temperature_value, ignore_index, std::get<1>(results),
+                         std::get<2>(results), std::get<3>(results));
+  return results;
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_logprob_onepass(
+    const Tensor& logits, const Tensor& tokens, const std::optional<Tensor>& temperature,
+    double temperature_value, int64_t ignore_index, const std::optional<Tensor>& grad_logprob,
+    bool with_entropy) {
+  Tensor grad_logits =
+      device_empty(logits, logits.sizes().data(), logits.dim(), logits.scalar_type());
+  const auto [logprob, entropy, row_max, log_sum] =
+      onepass_into(grad_logits, logits, tokens, temperature, temperature_value, ignore_index,
+                   grad_logprob, with_entropy);
+  return {logprob, entropy, row_max, log_sum, grad_logits};
+}
+
+// The gradient takes the place of the logits.
+static Results token_logprob_onepass_(const Tensor& logits, const Tensor& tokens,
+                                      const std::optional<Tensor>& temperature,
+                                      double temperature_value, int64_t ignore_index,
+                                      const std::optional<Tensor>& grad_logprob,
+                                      bool with_entropy) {
+  return onepass_into(logits, logits, tokens, temperature, temperature_value, ignore_index,
+                      grad_logprob, with_entropy);
+}
+
+RK_REGISTER(m) {
+  m.impl("token_logprob_onepass", TORCH_BOX(&token_logprob_onepass));
+  m.impl("token_logprob_onepass_", TORCH_BOX(&token_logprob_onepass_));
+}
+
+}  // namespace rlhf_kernels
