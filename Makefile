@@ -1,6 +1,8 @@
 # make demo     a small language model goes through SFT, reward model and PPO (SEED=n: another world)
 # make test     the whole test suite (ARGS='-k gae': options for pytest)
 # make bench    the CPU kernels against PyTorch
+# make cuda     the CUDA kernels too, for 8.0 and 9.0a (make cuda-all: for every architecture); needs
+#               nvcc, but no GPU
 # make lint     ruff, mypy, clang-format
 # make venv     only what the others begin with: .venv and the kernels; make clean removes everything
 #
@@ -18,22 +20,31 @@ else
   # Which torch is installed is part of the name, so that asking for another one installs it.
   STAMP := .venv/.installed-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
   COMMAND := .venv/bin/rlhf-train
+  TRITON := .venv/.triton
 endif
 # A process a core, one thread each: tests this small lose by threads (those of threads set their own).
 PARALLEL = $(shell $(RUN) -c 'import xdist' 2>/dev/null && \
              echo --numprocesses=auto --maxprocesses=8 --dist=worksteal -p no:benchmark)
 export PYTHONPATH := $(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test bench lint venv build clean
+.PHONY: demo test bench cuda cuda-all lint venv build clean
 
 demo: build
 	$(RUN) -m rlhf_trainer demo $(if $(SEED),--seed $(SEED)) $(ARGS)
 
-test: build
+# Triton's kernels are tested under its interpreter, which has to be on before anything is imported.
+# Status 5: what ARGS selects has no such test.
+test: build $(TRITON)
 	$(if $(PARALLEL),OMP_NUM_THREADS=1) $(RUN) -m pytest $(PARALLEL) $(ARGS)
+	if $(RUN) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+	  $(RUN) -m pytest $(PARALLEL) $(ARGS) || [ $$? -eq 5 ]; fi
 
 bench: build
 	$(RUN) -m pytest benchmarks $(ARGS)
+
+cuda: export RLHF_KERNELS_CUDA_ARCH = 8.0;9.0a
+cuda cuda-all: export RLHF_KERNELS_CUDA = 1
+cuda cuda-all: build
 
 lint: $(STAMP)
 	$(RUN) -m ruff check
@@ -58,6 +69,14 @@ clean:
 	$(RUN) -m pip install --quiet pip==26.3
 	$(RUN) tools/install_torch.py '$(TORCH)'
 	$(RUN) -m pip install --quiet --no-deps -r requirements/venv.txt
+	touch $@
+
+# For the tests alone: no GPU is needed to interpret and to compile kernels. 3.6 is the oldest that is
+# supported, and only compiles. Triton exists for Linux; without it its tests are skipped.
+.venv/.triton: $(STAMP)
+	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet --no-deps triton==3.9.0 \
+	  || echo 'no Triton here: its tests will be skipped'
+	$(RUN) -m pip install --quiet --no-deps --target .venv/triton-3.6 triton==3.6.0 || true
 	touch $@
 
 $(COMMAND): $(STAMP) pyproject.toml

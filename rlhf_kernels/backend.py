@@ -7,7 +7,9 @@ fastest, else ``reference``). An explicit request that cannot run raises and say
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 import sys
 import types
@@ -45,11 +47,29 @@ def _load_module() -> types.ModuleType | str:
         return str(error)
 
 
+# Under Triton's interpreter the triton backend runs on CPU tensors too (to be tested there).
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not INTERPRETING and not torch.cuda.is_available():
+        return "there is no GPU, and TRITON_INTERPRET is not 1"
+    return None
+
+
+def _cuda_problem() -> str | None:
+    if torch.version.cuda is None:  # the library links what only a torch with CUDA defines
+        return f"torch {torch.__version__} is built without CUDA"
+    return _load_library("rlhf_kernels_cuda")
+
+
 # torch.ops entries are found through a name, so nothing below holds a handle of the libraries.
 _library_problem = {
     "cpu": _load_library("rlhf_kernels_cpu"),
-    "triton": "this release has no Triton kernels",
-    "cuda": "this release has no CUDA kernels",
+    "triton": _triton_problem(),
+    "cuda": _cuda_problem(),
 }
 _module = _load_module()
 
@@ -74,28 +94,52 @@ operators = {name: types.SimpleNamespace() for name in BACKENDS[1:]}
 # (op, backend) -> why it cannot run. Filled once by define(): torch.compile traces plain look-ups.
 _reasons: dict[tuple[str, str], str | None] = {}
 _warned: set[str] = set()
+_triton_modules: dict[str, str] = {}  # torch operator name -> module
 
 
 def define(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
     """Define the torch operators behind the public function ``op``.
 
+    ``rlhf_kernels::name`` is what the compiled libraries implement, for the keys CPU and CUDA;
+    ``rlhf_kernels_triton::name`` is the function ``name`` of ``rlhf_kernels/<op>_triton.py``.
+
     Args:
         op: name of the public function.
-        schemas: torch operator name -> (schema without the name, fake implementation). The compiled
-            libraries add implementations under these names, so the operators exist without them.
+        schemas: torch operator name -> (schema without the name, fake implementation). The
+            operators exist without any implementation.
     """
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     for name, (schema, fake) in schemas.items():
-        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-        torch.library.define(f"rlhf_kernels::{name}", schema, tags=tags)
-        torch.library.register_fake(f"rlhf_kernels::{name}", fake)
-        overload = getattr(torch.ops.rlhf_kernels, name).default
-        setattr(operators["cpu"], name, overload)
-        setattr(operators["cuda"], name, overload)
-    for backend, key in (("cpu", "CPU"), ("triton", "CUDA"), ("cuda", "CUDA")):
+        _triton_modules[name] = f"rlhf_kernels.{op}_triton"
+        for library in ("rlhf_kernels", "rlhf_kernels_triton"):
+            torch.library.define(f"{library}::{name}", schema, tags=tags)
+            torch.library.register_fake(f"{library}::{name}", fake)
+        if _library_problem["triton"] is None:
+            keys = ("CPU", "CUDA") if INTERPRETING else "CUDA"
+            function = functools.partial(launch_triton, name)
+            torch.library.impl(f"rlhf_kernels_triton::{name}", keys, function)
+        compiled = getattr(torch.ops.rlhf_kernels, name).default
+        setattr(operators["cpu"], name, compiled)
+        setattr(operators["cuda"], name, compiled)
+        setattr(operators["triton"], name, getattr(torch.ops.rlhf_kernels_triton, name).default)
+    for backend, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         missing = [name for name in schemas if not has(f"rlhf_kernels::{name}", key)]
         reason = f"no {key} kernel is registered for {', '.join(missing)}" if missing else None
         _reasons[op, backend] = _library_problem[backend] or reason
+    file = f"{op}_triton.py"
+    missing_file = None if (_FOLDER / file).exists() else f"there is no {file}"
+    _reasons[op, "triton"] = _library_problem["triton"] or missing_file
+
+
+def launch_triton(name: str, *args: Any) -> Any:
+    """The Triton side of the torch operator ``name``; it, and Triton, are imported on first use."""
+    launcher = getattr(importlib.import_module(_triton_modules[name]), name)
+    device = next(x.device for x in args if isinstance(x, torch.Tensor))
+    if device.type == "cpu":
+        return launcher(*args)
+    with torch.cuda.device(device):
+        return launcher(*args)
 
 
 def select(op: str, device_type: str, backend: str | None = None) -> str:
@@ -114,15 +158,19 @@ def select(op: str, device_type: str, backend: str | None = None) -> str:
     if reason := why_not(op, asked):
         raise RuntimeError(f"{source}: {asked!r} cannot run {op}: {reason}")
     needs = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}.get(asked, device_type)
+    if asked == "triton" and INTERPRETING:
+        needs = device_type
     if needs != device_type:
         raise ValueError(f"{source}: {asked!r} needs {needs} tensors, got {device_type} tensors")
     return asked
 
 
 def _automatic(op: str, device_type: str) -> str:
-    reason = why_not(op, "cpu") if device_type == "cpu" else f"no {device_type} kernels"
-    if reason is None:
-        return "cpu"
+    # Until a measurement says otherwise, Triton serves CUDA tensors.
+    candidate = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    reason = why_not(op, candidate) if candidate else f"no {device_type} kernels"
+    if candidate and reason is None:
+        return candidate
     if op not in _warned and not torch.compiler.is_compiling():
         _warned.add(op)
         text = f"{op} runs on the plain PyTorch reference for {device_type} tensors: {reason}"

@@ -110,8 +110,8 @@ def _fake(scores, logprob, ref_logprob, *rest):
     return logprob.new_empty(logprob.shape, dtype=dtype)
 
 
-# One pass: read 2N (and the mask), write N. kl_kind: index into KINDS; clip_score: inf for none; coef
-# holds kl_coef where it is not a number.
+# One pass: read 2N (and the mask), write N. kl_kind: index into KINDS; clip_score: inf for none;
+# coef holds kl_coef where it is not a number.
 _backend.define(
     "kl_shaped_rewards",
     {

@@ -193,7 +193,7 @@ def check_range(tokens: Tensor, valid: Tensor, vocab: int) -> Tensor:
 
 
 def check_positive(temperature: float | Tensor, scored: Tensor) -> None:
-    """On the CPU, temperatures of scored rows are finite and > 0 (compiled kernels check it too)."""
+    """On the CPU: temperatures of scored rows are finite and > 0. The C++ kernel checks it too."""
     if not isinstance(temperature, Tensor) or temperature.device.type != "cpu":
         return
     wrong = scored & ~((temperature > 0) & (temperature < torch.inf))
@@ -296,21 +296,24 @@ def _samples(make: Maker) -> Iterator[Sample]:
     yield case("two rows of one short vector", 5, 2)
     yield case("668: not a multiple of any tile", 668, 3, 5)
     yield case("1: a certain token", 1, 3)
-    yield case("8200: several blocks, with a rest; temperature", 8200, 3, temperature=0.7)
+    both = {"with_entropy": True}
+    yield case("8200: several blocks, with a rest; temperature", 8200, 3, temperature=0.7, **both)
     yield case("no rows", 33, 0)
     yield case(
         "one temperature a row", 130, 2, 3, temperature=make.uniform(2, 1, low=0.5, high=2.0)
     )
     yield case("K tokens a position", 97, 4, tokens=make.integers(97, 4, 3))
+    yield case("and the entropy", 98, 4, tokens=make.integers(98, 4, 2), **both)
     ignored = make.integers(257, 6)
     ignored[::2] = -100
-    yield case("ignored positions", 257, 6, tokens=ignored)
+    yield case("ignored positions", 257, 6, tokens=ignored, **both)
     banned = make.randn(3, 8300)
     banned[:, :4200] = -torch.inf  # the whole first block
     yield case(
         "a leading block of -inf",
         8300,
         3,
+        **both,
         logits=banned,
         tokens=make.tensor([8299, 4200, 6000], torch.int64),
     )

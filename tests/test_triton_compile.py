@@ -1,0 +1,62 @@
+"""Every Triton kernel compiles ahead of time: no spills, bounded registers, 16-byte loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from rlhf_kernels.backend import INTERPRETING
+from rlhf_kernels.specs import SPECS
+
+if find_spec("triton") is None or INTERPRETING:
+    pytest.skip("needs Triton, and not its interpreter", allow_module_level=True)
+
+from triton_compile import DTYPES, TARGETS, compile_for, record
+
+ROOT = Path(__file__).parents[1]
+OLDEST = ROOT / ".venv" / "triton-3.6"
+each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+
+
+def check(use: dict) -> None:
+    """Of one kernel for one target."""
+    print(use)
+    assert use["stack"] == 0, "spills registers, or indexes them"
+    assert use["registers"] <= 255
+    if "=True" in use["kernel"].partition("ALIGNED")[2][:6]:
+        assert use["widest_load"] >= 16
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@each_op
+def test_triton_kernels_compile(spec, target):
+    variants = record(spec, DTYPES)
+    assert variants
+    for variant in variants:
+        check(compile_for(target, variant))
+
+
+@each_op
+def test_triton_kernels_compile_with_the_oldest_version(spec):
+    if not OLDEST.exists():
+        pytest.skip("Triton 3.6 is not installed (make test does)")
+    script = [sys.executable, str(ROOT / "tests" / "triton_compile.py"), "--op", spec.name]
+    targets = ["--target", "sm_90", "--target", "gfx942"]
+    path = os.pathsep.join([str(OLDEST), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [*script, *targets],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    uses = [json.loads(line) for line in result.stdout.splitlines()]
+    assert uses and uses[0]["triton"].startswith("3.6")
+    for use in uses:
+        check(use)
