@@ -12,7 +12,7 @@ from rlhf_kernels.gae import SPEC
 
 def time_loop(rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float = 0.95):
     """The usual loop, without a mask: the least that a trainer's loop does."""
-    advantage, reversed_advantages = torch.zeros(rewards.shape[0]), []
+    advantage, reversed_advantages = torch.zeros_like(rewards[:, 0]), []
     for t in reversed(range(rewards.shape[1])):
         next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
         delta = rewards[:, t] + gamma * next_value - values[:, t]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from harness import bench_inputs, compare, eager_and_compiled, with_gradient
 from rlhf_kernels import logprob_kl
@@ -11,7 +12,8 @@ from rlhf_kernels.logprob_kl import SPEC
 
 
 def plain(logits: Tensor, ref_logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-    log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    log_p = log_softmax(logits, -1, dtype=torch.float32)
+    log_q = log_softmax(ref_logits, -1, dtype=torch.float32)
     p, index = log_p.exp(), tokens.unsqueeze(-1)
     kl, entropy = (p * (log_p - log_q)).sum(-1), -(p * log_p).sum(-1)
     return log_p.gather(-1, index)[..., 0], log_q.gather(-1, index)[..., 0], kl, entropy

@@ -12,8 +12,9 @@ from rlhf_kernels.ranking_reward_loss import SPEC
 
 
 def plain(scores: Tensor, ranks: Tensor, group_offsets: Tensor) -> Tensor:
-    """All pairs of all prompts as one padded cube: possible because every prompt has 9."""
-    s, r = scores.view(-1, 9), ranks.view(-1, 9)
+    """All pairs of all prompts as one cube: possible because all prompts have as many."""
+    prompts = group_offsets.shape[0] - 1
+    s, r = scores.view(prompts, -1), ranks.view(prompts, -1)
     better = r.unsqueeze(2) < r.unsqueeze(1)
     losses = -logsigmoid(s.unsqueeze(2) - s.unsqueeze(1)) * better
     count = better.sum((1, 2))

@@ -31,10 +31,13 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return results
+        results = results if isinstance(results, tuple) else (results,)
         return tuple(
             x if x is None else _NotTwice.apply(x.detach().requires_grad_()) for x in results
         )

@@ -85,15 +85,42 @@ def _at_start(x):
 
 
 @triton.jit
-def _next_values(v0, v1, v2, v3, m0, m1, m2, m3, next_value):
+def _next_values(value, valid, next_value):
     """The value of the valid step after each group, and that of the first one in the tile."""
+    v0, v1, v2, v3 = _split(value)
+    m0, m1, m2, m3 = _split(valid)
     has = (m0 | m1 | m2 | m3).to(tl.int32)
-    value = tl.where(m0, v0, tl.where(m1, v1, tl.where(m2, v2, tl.where(m3, v3, 0.0))))
-    has, value, into, into_value = tl.associative_scan(
-        (has, value, tl.zeros_like(has), tl.zeros_like(value)), 0, _nearest_groups
+    first = tl.where(m0, v0, tl.where(m1, v1, tl.where(m2, v2, tl.where(m3, v3, 0.0))))
+    has, first, into, into_value = tl.associative_scan(
+        (has, first, tl.zeros_like(has), tl.zeros_like(first)), 0, _nearest_groups
     )
-    first_value = tl.where(_at_start(has) != 0, _at_start(value), next_value)
+    first_value = tl.where(_at_start(has) != 0, _at_start(first), next_value)
     return tl.where(into != 0, into_value, next_value), first_value
+
+
+@triton.jit
+def _advantages(reward, value, valid, n3, advantage, discount, decay, TYPE: tl.constexpr):
+    """Advantages of a tile, and that of its first step; n3: the value after each group."""
+    r0, r1, r2, r3 = _split(reward)
+    v0, v1, v2, v3 = _split(value)
+    m0, m1, m2, m3 = _split(valid)
+    n2 = tl.where(m3, v3, n3)
+    n1 = tl.where(m2, v2, n2)
+    n0 = tl.where(m1, v1, n1)
+    a0, b0 = _step(r0, v0, n0, m0, discount, decay)
+    a1, b1 = _step(r1, v1, n1, m1, discount, decay)
+    a2, b2 = _step(r2, v2, n2, m2, discount, decay)
+    a3, b3 = _step(r3, v3, n3, m3, discount, decay)
+    a, b = _compose(a3, b3, a2, b2)
+    a, b = _compose(a, b, a1, b1)
+    a, b = _compose(a, b, a0, b0)
+    same_a, same_b = tl.full([GROUPS], 1.0, TYPE), tl.zeros([GROUPS], TYPE)  # A -> A
+    a, b, into_a, into_b = tl.associative_scan((a, b, same_a, same_b), 0, _compose_groups)
+    b3 = tl.fma(a3, tl.fma(into_a, advantage.to(TYPE), into_b), b3)
+    b2 = tl.fma(a2, b3, b2)
+    b1 = tl.fma(a1, b2, b1)
+    b0 = tl.fma(a0, b1, b0)
+    return _join(b0, b1, b2, b3), _at_start(a) * advantage + _at_start(b)
 
 
 @triton.jit(do_not_specialize=["length", "total", "gamma", "gamma_lambda"])
@@ -131,37 +158,20 @@ def gae_kernel(
         else:
             reward = tl.load(rewards + at + lane, mask=inside, other=0.0)
             value = tl.load(values + at + lane, mask=inside, other=0.0)
-        valid = inside if mask is None else tl.load(mask + at + lane, mask=inside, other=False)
-        r0, r1, r2, r3 = _split(reward.to(TYPE))
-        v0, v1, v2, v3 = _split(value.to(TYPE))
-        m0, m1, m2, m3 = _split(valid)
+        value = value.to(TYPE)
         if mask is None:
-            n3 = tl.load(values + at + group + 4, mask=group + 4 < limit, other=0.0).to(TYPE)
-            n3 = tl.where(group + 4 < limit, n3, next_value)
+            valid, more = inside, group + 4 < limit
+            n3 = tl.load(values + at + group + 4, mask=more, other=0.0).to(TYPE)
+            n3 = tl.where(more, n3, next_value)
             next_value = tl.load(values + at).to(TYPE)
         else:
-            n3, next_value = _next_values(v0, v1, v2, v3, m0, m1, m2, m3, next_value)
-        n2 = tl.where(m3, v3, n3)
-        n1 = tl.where(m2, v2, n2)
-        n0 = tl.where(m1, v1, n1)
-        a0, b0 = _step(r0, v0, n0, m0, discount, decay)
-        a1, b1 = _step(r1, v1, n1, m1, discount, decay)
-        a2, b2 = _step(r2, v2, n2, m2, discount, decay)
-        a3, b3 = _step(r3, v3, n3, m3, discount, decay)
-        a, b = _compose(a3, b3, a2, b2)
-        a, b = _compose(a, b, a1, b1)
-        a, b = _compose(a, b, a0, b0)
-        same_a, same_b = tl.full([GROUPS], 1.0, TYPE), tl.zeros([GROUPS], TYPE)  # A -> A
-        a, b, into_a, into_b = tl.associative_scan((a, b, same_a, same_b), 0, _compose_groups)
-        after = tl.fma(into_a, advantage.to(TYPE), into_b)  # the advantage after each group
-        advantage = _at_start(a) * advantage + _at_start(b)
-        b3 = tl.fma(a3, after, b3)
-        b2 = tl.fma(a2, b3, b2)
-        b1 = tl.fma(a1, b2, b1)
-        b0 = tl.fma(a0, b1, b0)
-        scanned = _join(b0, b1, b2, b3)
-        result = tl.where(valid, scanned, 0.0)
-        total_return = tl.where(valid, scanned + value.to(TYPE), 0.0)
+            valid = tl.load(mask + at + lane, mask=inside, other=False)
+            n3, next_value = _next_values(value, valid, next_value)
+        result, advantage = _advantages(
+            reward.to(TYPE), value, valid, n3, advantage, discount, decay, TYPE
+        )
+        total_return = tl.where(valid, result + value, 0.0)
+        result = tl.where(valid, result, 0.0)
         if whole:
             base = at // 16 * 16
             tl.store(advantages + base + lane, result)

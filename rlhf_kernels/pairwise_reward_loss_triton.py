@@ -196,7 +196,7 @@ def pairwise_reward_loss_fwd(
     )
     grad_rejected = torch.empty_like(grad_chosen)
     loss = chosen.new_empty(())
-    stats = [chosen.new_empty((), dtype=torch.float64) for _ in range(3)]
+    pairs, correct, apart = (chosen.new_empty((), dtype=torch.float64) for _ in range(3))
     sums = chosen.new_empty(3 * blocks, dtype=torch.float64)
     triton_common.launch(
         pairwise_reward_loss_fwd_kernel,
@@ -215,8 +215,10 @@ def pairwise_reward_loss_fwd(
         num_warps=chosen.element_size(),  # 4, or 8 for float64
         TYPE=TYPE,
     )
-    triton_common.launch(pairwise_reward_loss_sum_kernel, 1, sums, loss, *stats, n, TYPE=TYPE)
-    return loss, *stats, grad_chosen, grad_rejected
+    triton_common.launch(
+        pairwise_reward_loss_sum_kernel, 1, sums, loss, pairs, correct, apart, n, TYPE=TYPE
+    )
+    return loss, pairs, correct, apart, grad_chosen, grad_rejected
 
 
 def reward_loss_bwd(grad: Tensor, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:

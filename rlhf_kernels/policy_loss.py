@@ -399,7 +399,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
         )
     yield case("cispo without lower bound", 4, 9, objective="cispo", clip_low=None, clip_high=0.1)
     yield case(
-        "sequences of 1100: three blocks each",
+        "sequences of 1100: two blocks each",
         2,
         1100,
         ratio_level="sequence",

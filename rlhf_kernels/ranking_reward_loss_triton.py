@@ -164,7 +164,7 @@ def ranking_reward_loss_fwd(
     slopes = ranks.new_empty(total, dtype=torch.float64) if with_grad else None
     factors = ranks.new_empty(2, dtype=torch.float64)
     loss, grad = scores.new_empty(()), scores.new_empty(total if with_grad else 0)
-    stats = [scores.new_empty((), dtype=torch.float64) for _ in range(3)]
+    pairs, correct, apart = (scores.new_empty((), dtype=torch.float64) for _ in range(3))
     triton_common.launch(
         ranking_reward_loss_fwd_kernel,
         programs,
@@ -180,7 +180,9 @@ def ranking_reward_loss_fwd(
         1,
         sums,
         loss,
-        *stats,
+        pairs,
+        correct,
+        apart,
         factors,
         groups,
         center_coef,
@@ -198,7 +200,7 @@ def ranking_reward_loss_fwd(
             total,
             TYPE=TYPE,
         )
-    return loss, *stats, grad
+    return loss, pairs, correct, apart, grad
 
 
 def ranking_reward_loss_bwd(grad: Tensor, grad_scores: Tensor) -> Tensor:

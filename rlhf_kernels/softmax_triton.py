@@ -51,7 +51,7 @@ def find_rows(x: Tensor) -> Rows:
         offsets = offsets.flatten()
     (_, outer_stride), (inner, inner_stride) = ([(1, 0), (1, 0), *dims])[-2:]
     storage = x.as_strided((1,), (1,), 0) if x.numel() else x
-    return Rows(storage, x.storage_offset(), offsets, inner, outer_stride, inner_stride)
+    return Rows(storage, int(x.storage_offset()), offsets, inner, outer_stride, inner_stride)
 
 
 def aligned(*tensors: Tensor) -> bool:

@@ -210,7 +210,7 @@ def _samples(make: Maker) -> Iterator[Sample]:
             mask=make.mask(23),
             max_length=9,
         )
-    yield case("sequences of 1100: three blocks each", 2, 1100, mask=make.mask(2, 1100))
+    yield case("sequences of 1100: two blocks each", 2, 1100, mask=make.mask(2, 1100))
     yield case("packed tokens in one run; global denominator", 700, normalizer=1000)
     yield case("nothing valid", 3, 5, mask=make.mask(3, 5, keep=0.0))
     yield case("no sequences", 0, 5)

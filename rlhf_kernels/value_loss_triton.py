@@ -55,7 +55,8 @@ def value_loss_block(
     counts, clips = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
     errors, error_squares = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
     targets, target_squares = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
-    for _ in range(0, BLOCK, TILE):
+    # A constant count of tiles would be unrolled, and registers spilled.
+    for _ in range(0, tl.minimum(end - begin, BLOCK), TILE):
         valid = valid_tokens(mask, begin, end, TILE, WHOLE)
         value = load_valid(values, begin, end, valid, TYPE, TILE, WHOLE)
         target = load_valid(returns, begin, end, valid, TYPE, TILE, WHOLE)

@@ -362,7 +362,7 @@ def test_gradient_of_a_row_has_the_same_bits_in_any_batch(device, backend, objec
         "normalizer": 7,
         "backend": backend,
     }
-    # 1037 tokens: three blocks, the last with a rest, and rows that start at odd addresses
+    # 1037 tokens: two blocks, the last with a rest, and rows that start at odd addresses
     inputs = case(5, 1037, device=device)
     _, _, grad, grad_entropy = grads(inputs, **options)
     for i in range(5):

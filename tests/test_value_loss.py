@@ -151,7 +151,7 @@ def test_gradient_of_a_row_has_the_same_bits_in_any_batch(device, backend):
     if backend == "reference":
         pytest.skip("promised for compiled backends")
     options = {"aggregation": "seq-mean-token-mean", "normalizer": 7, "backend": backend}
-    inputs = case(5, 1037, device=device)  # three blocks a row, the last with a rest
+    inputs = case(5, 1037, device=device)  # two blocks a row, the last with a rest
     _, _, grad = gradient(inputs, **options)
     for i in range(5):
         _, _, one = gradient({k: v[i : i + 1] for k, v in inputs.items()}, **options)
