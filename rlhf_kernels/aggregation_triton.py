@@ -17,9 +17,10 @@ from torch import Tensor
 
 from rlhf_kernels import aggregation, checks, triton_common
 
-# Tokens of a block, and of a tile: four a thread, which is 16 bytes in float32.
+# Tokens of a block, and of a tile: four a thread, which is 16 bytes in float32; two a thread where
+# the start is not aligned, so that loads are not wide anyway.
 FLAT, FLAT_TILE, FLAT_WARPS = 4096, 1024, 8  # of the flat tokens
-CHUNK, CHUNK_TILE, CHUNK_WARPS = 1024, 512, 4  # of a sequence
+CHUNK, CHUNK_TILE, CHUNK_WARPS = 1024, 256, 4  # of a sequence
 TOKEN_SUM = tl.constexpr(aggregation.AGGREGATIONS.index("token-sum"))
 SEQ_MEAN_TOKEN_MEAN = aggregation.AGGREGATIONS.index("seq-mean-token-mean")
 

@@ -89,7 +89,8 @@ def policy_loss_block(
     losses, slopes, most = tl.zeros([TILE], TYPE), tl.zeros([TILE], TYPE), tl.zeros([TILE], TYPE)
     counts, clips = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
     kls, excesses = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
-    for _ in range(0, BLOCK, TILE):
+    # A constant count of tiles would be unrolled, and registers spilled.
+    for _ in range(0, tl.minimum(end - begin, BLOCK), TILE):
         valid = valid_tokens(mask, begin, end, TILE, WHOLE)
         new = load_valid(logprob, begin, end, valid, TYPE, TILE, WHOLE)
         advantage = load_valid(advantages, begin, end, valid, TYPE, TILE, WHOLE)

@@ -28,9 +28,10 @@ each_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def check(use: dict) -> None:
     """Of one kernel for one target."""
     print(use)
-    assert use["stack"] == 0, "spills registers, or indexes them"
+    # NVIDIA divides float64 by a call, around which one register may be kept on the stack.
+    assert use["stack"] <= (8 if use.get("divides_float64") else 0), "spills registers"
     assert use["registers"] <= 255
-    if "=True" in use["kernel"].partition("ALIGNED")[2][:6]:
+    if "ALIGNED=True" in use["kernel"] and use["target"].startswith("sm_"):
         assert use["widest_load"] >= 16
 
 

@@ -138,14 +138,13 @@ def compile_for(target: str, v: Variant) -> dict[str, Any]:
     use["shared"] = binary.metadata.shared
     if "cubin" in binary.asm:
         use |= _resources(binary.asm["cubin"])
+        use["divides_float64"] = "div.rn.f64" in binary.asm["ptx"]
         loads = re.findall(r"ld\.global[^ ]*?(?:\.v(\d))?\.[bfu](\d+)", binary.asm["ptx"])
         use["widest_load"] = max((int(n or 1) * int(bits) // 8 for n, bits in loads), default=0)
     else:
         text = binary.asm["amdgcn"]
         use["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
         use["stack"] = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
-        wide = "global_load_dwordx4" in text or "buffer_load_dwordx4" in text
-        use["widest_load"] = 16 if wide else 0
     return use
 
 
