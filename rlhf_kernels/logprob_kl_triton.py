@@ -245,7 +245,8 @@ def logprob_kl_bwd_kernel(
         p = tl.exp2(log2_p)
         grad = -p * own
         if (token >= column) & (token < column + TILE):  # onehot - p would cancel where p is near 1
-            grad = tl.where(place == token, -own * expm1(log2_p * LN_2, p), grad)
+            target = (place == token) & (z != -float("inf"))  # a banned logit is a constant
+            grad = tl.where(target, -own * expm1(log2_p * LN_2, p), grad)
         if grad_entropy is not None:
             h = tl.load(grad_entropy + row).to(TYPE)
             grad -= h * p * (tl.maximum(log2_p * LN_2, -1000.0) + tl.load(entropy + row))

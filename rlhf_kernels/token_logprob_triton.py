@@ -212,6 +212,7 @@ def token_logprob_bwd_kernel(
                     token = tl.load(tokens + row * count + i)
                     g = tl.load(grad_logprob + row * count + i).to(TYPE)
                     own += tl.where((place == token) & (token != ignore_index), g, 0.0)
+                own = tl.where(z == -float("inf"), 0.0, own)  # a banned logit is a constant
                 grad = -own * expm1(log2_p * LN_2, p) - (all_grads - own) * p
         if grad_entropy is not None:
             h = tl.load(grad_entropy + row).to(TYPE)

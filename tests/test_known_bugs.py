@@ -248,11 +248,17 @@ def test_nonuniform_upstream_layout(device, backend):
 
 
 @pytest.mark.parametrize("value", [300, -1, -101, 2**40, -(2**62)])
-def test_out_of_range_label(backend, value):
+def test_out_of_range_label(backend, value, monkeypatch):
     """14. Uninitialised output for labels outside [0, V). verl's linear cross entropy"""
     tokens = random_tokens(300, 2, 3)
     tokens[1, 2] = value
     expected = rf"expected a value in \[0, 300\) .* got {value} at position \(1, 2\)"
+    if backend not in ("reference", "cpu"):  # looking at the tokens would make a GPU wait
+        got = rk.token_logprob(random(2, 3, 300), tokens, backend=backend)
+        both = rk.logprob_kl(random(2, 3, 300), random(2, 3, 300), tokens, backend=backend)
+        for x in (got, both.logprob, both.ref_logprob):
+            assert x.isnan().nonzero().tolist() == [[1, 2]]
+        monkeypatch.setenv("RLHF_KERNELS_CHECK", "1")
     with pytest.raises(IndexError, match=expected):
         rk.token_logprob(random(2, 3, 300), tokens, backend=backend)
     with pytest.raises(IndexError, match=expected):
@@ -902,7 +908,9 @@ def test_gae_time_loop(device, backend):
     out = rk.gae(rewards, values, gamma=1.0, lam=1.0, backend=backend)
     to_go = rewards.double().flip(1).cumsum(1).flip(1)
     error = (out.returns.double() - to_go).abs().max()
-    roundings = 4 if backend != "reference" else steps  # the reference carries float32
+    # The reference carries float32; cpu carries float64; on GPUs it goes from tile to tile of 1024
+    # steps, each summed by ten halvings in float32.
+    roundings = {"reference": steps, "cpu": 4}.get(backend, 10)
     assert error <= roundings * 2**-24 * to_go.abs().max()
 
 
