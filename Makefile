@@ -51,7 +51,7 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 	$(RUN) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror \
-	  $(wildcard csrc/*.* csrc/*/*.*)
+	  $(wildcard csrc/*.* csrc/*/*.* tests/*/*.h tests/*/*.cpp)
 
 venv: build
 

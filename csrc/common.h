@@ -85,8 +85,10 @@ inline RowStrides row_strides(const Tensor& x, const char* name) {
   return rows;
 }
 
-// A contiguous, uninitialised CPU tensor (the short way: no dispatcher call).
-inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
+// A contiguous, uninitialised tensor, on the CPU unless said otherwise (the short way: no
+// dispatcher call).
+inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type,
+                    int32_t device = aoti_torch_device_type_cpu(), int32_t index = 0) {
   std::vector<int64_t> strides(dims);
   int64_t step = 1;
   for (int64_t d = dims - 1; d >= 0; --d) {
@@ -95,8 +97,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType type) {
   }
   AtenTensorHandle handle;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides.data(), code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides.data(), code, device, index, &handle));
   return Tensor(handle);
 }
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type) {

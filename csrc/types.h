@@ -62,3 +62,16 @@ RK_HD void from_float(f16* p, float x) {  // to nearest even, by letting float32
 }
 
 }  // namespace rlhf_kernels
+
+// function<T>(args...) for the stored type T that `dtype` names
+#define RK_SWITCH(dtype, function, ...)     \
+  switch (dtype) {                          \
+    case DType::f32:                        \
+      return function<float>(__VA_ARGS__);  \
+    case DType::f64:                        \
+      return function<double>(__VA_ARGS__); \
+    case DType::bf16:                       \
+      return function<bf16>(__VA_ARGS__);   \
+    case DType::f16:                        \
+      return function<f16>(__VA_ARGS__);    \
+  }

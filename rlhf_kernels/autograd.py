@@ -37,7 +37,6 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             results = backward(ctx, *grads)
         if torch.compiler.is_compiling():
             return results
-        results = results if isinstance(results, tuple) else (results,)
         return tuple(
             x if x is None else _NotTwice.apply(x.detach().requires_grad_()) for x in results
         )

@@ -49,7 +49,7 @@ def gae(
         lam: lambda in [0, 1].
         cu_seqlens: (S + 1,) int32 or int64, where the packed sequences start, and N at the end.
         last_value: (B,) or (S,), the value after the last valid step of a truncated episode.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         ``GAE(advantages, returns)`` in the shape of ``values``; float32 (float64 if an input is

@@ -182,12 +182,6 @@ def gae_kernel(
         first -= TILE
 
 
-def aligned(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """``dense``, and from a multiple of 16 bytes on: a kernel is compiled for that alone."""
-    x = triton_common.dense(x, dtype)
-    return x if x is None or x.data_ptr() % 16 == 0 else x.clone()
-
-
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -207,9 +201,9 @@ def gae(
     triton_common.launch(
         gae_kernel,
         values.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,
-        aligned(rewards),
-        aligned(values),
-        aligned(mask, torch.bool),
+        triton_common.dense(rewards),
+        triton_common.dense(values),
+        triton_common.dense(mask, torch.bool),
         triton_common.dense(cu_seqlens),
         triton_common.dense(last_value),
         advantages,

@@ -38,7 +38,7 @@ def kl_estimate(
         ref_logprob: log q of the same tokens under the reference; the same shape.
         kind: k1 | k2 | k3.
         clamp: number > 0; d is bounded to [-clamp, clamp] before use, and has no gradient outside.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         The estimate in nats, in the same shape; float32 (float64 if an input is float64).

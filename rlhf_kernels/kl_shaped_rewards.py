@@ -44,7 +44,7 @@ def kl_shaped_rewards(
         kl_kind: k1 | k2 | k3.
         clip_score: number > 0; the score is bounded to [-clip_score, clip_score].
         cu_seqlens: (S + 1,) int32 or int64, where the packed sequences start, and N at the end.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         Rewards in the shape of ``logprob``, 0 at masked places; float32 (float64 if an input is

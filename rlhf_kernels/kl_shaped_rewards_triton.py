@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels import checks, triton_common
-from rlhf_kernels.gae_triton import aligned, sequence_bounds
+from rlhf_kernels.gae_triton import sequence_bounds
 from rlhf_kernels.kl_estimate_triton import kl_term
 
 TILE = tl.constexpr(1024)
@@ -127,9 +127,9 @@ def kl_shaped_rewards(
         kl_shaped_rewards_kernel,
         scores.shape[0],
         triton_common.dense(scores),
-        aligned(logprob),
-        aligned(ref_logprob),
-        aligned(mask, torch.bool),
+        triton_common.dense(logprob),
+        triton_common.dense(ref_logprob),
+        triton_common.dense(mask, torch.bool),
         triton_common.dense(cu_seqlens),
         coef,
         rewards,

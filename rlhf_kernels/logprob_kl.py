@@ -46,14 +46,15 @@ def logprob_kl(
         tokens: (...) int64.
         temperature: number > 0, or a tensor broadcastable to ``tokens.shape``; divides both logits.
         ignore_index: positions with this token give 0 everywhere and no gradient.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         LogprobKL of (...) tensors, float32 (float64 for float64 logits); logprob, kl and entropy
         are differentiable with respect to ``logits``.
 
     Raises:
-        IndexError: a token outside [0, V) that is not ``ignore_index`` (CPU tensors).
+        IndexError: a token outside [0, V) that is not ``ignore_index`` (CPU tensors, and
+            with RLHF_KERNELS_CHECK=1 on CUDA; else NaN).
         ValueError, TypeError: arguments that do not fit, before anything is computed.
     """
     temperature_tensor, temperature_value = check_logits(logits, tokens, temperature, ignore_index)

@@ -31,7 +31,7 @@ def masked_mean(
             so shards may differ in size or be empty. Every rank has to call, and to run the
             backward if one does: it gives the gradient of the sum of the ranks' losses, which is
             what frameworks that average gradients over ranks expect.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         One number (a tensor without dimensions), float32 (float64 for float64 input),

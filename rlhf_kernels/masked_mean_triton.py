@@ -80,8 +80,8 @@ def masked_mean_fwd(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     triton_common.launch(
         masked_mean_fwd_kernel,
         partials.shape[1],
-        x.contiguous(),
-        mask.bool().contiguous(),
+        triton_common.dense(x),
+        triton_common.dense(mask, torch.bool),
         partials,
         n,
         partials.shape[1],
@@ -113,7 +113,7 @@ def masked_mean_bwd_kernel(grad, mask, sums, grad_x, n: tl.int64, BLOCK: tl.cons
 
 def masked_mean_bwd(grad: Tensor, mask: Tensor, sums: Tensor) -> Tensor:
     """The upstream gradient over the count, where the mask is set."""
-    mask = mask.bool().contiguous()
+    mask = triton_common.dense(mask, torch.bool)
     grad_x, n = grad.new_empty(mask.shape), mask.numel()
     triton_common.launch(
         masked_mean_bwd_kernel,

@@ -41,7 +41,7 @@ def masked_whiten(
             in size or be empty. Every rank has to call, and to run the backward if one does: it
             gives the gradient of the sum of the ranks' losses, which is what frameworks that
             average gradients over ranks expect.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         The shape of x, float32 (float64 for float64 input), differentiable with respect to x (also

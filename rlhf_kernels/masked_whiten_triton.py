@@ -7,6 +7,7 @@ N twice after masked_mean_fwd and writes N, backward reads 2N twice and writes N
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -89,9 +90,9 @@ def masked_whiten_sums(x: Tensor, grad: Tensor | None, mask: Tensor, sums: Tenso
     triton_common.launch(
         masked_whiten_sums_kernel,
         partials.shape[1],
-        x.contiguous(),
+        triton_common.dense(x),
         triton_common.dense(grad),
-        mask.bool().contiguous(),
+        triton_common.dense(mask, torch.bool),
         sums,
         partials,
         n,
@@ -211,9 +212,9 @@ def _apply(
     triton_common.launch(
         masked_whiten_kernel,
         triton.cdiv(n, BLOCK),
-        x.contiguous(),
+        triton_common.dense(x),
         triton_common.dense(grad),
-        mask.bool().contiguous(),
+        triton_common.dense(mask, torch.bool),
         sums,
         squares,
         grad_sums,

@@ -65,8 +65,8 @@ class OpSpec:
         bench: Maker -> the calls that are timed.
         differentiable: names of the arguments that may require a gradient; the first output is
             differentiated.
-        bytes_forward: least traffic of a forward call in bytes (each input read once, each output
-            written once).
+        bytes_forward: least traffic of a forward call in bytes: each input read once, each output
+            written once. Unless given, the inputs alone: where the outputs are small.
         bytes_backward: least traffic of forward and backward together.
         smooth: whether a call has no kink near its inputs, so that finite differences agree.
         atol: absolute error allowed beside twice the error of the plain formula, float32.

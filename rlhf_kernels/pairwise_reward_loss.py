@@ -60,7 +60,7 @@ def pairwise_reward_loss(
             constant: no gradient flows to it.
         center_coef: number >= 0; pulls the scores towards 0.
         label_smoothing: e in [0, 1].
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         loss: one number, float32 (float64 if an input is float64), differentiable with respect to

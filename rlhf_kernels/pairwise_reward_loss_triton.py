@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels import triton_common
-from rlhf_kernels.gae_triton import aligned
 
 BLOCK = tl.constexpr(1024)  # pairs of a program, and partial sums that are read at once
 
@@ -201,9 +200,9 @@ def pairwise_reward_loss_fwd(
     triton_common.launch(
         pairwise_reward_loss_fwd_kernel,
         blocks,
-        aligned(chosen),
-        aligned(rejected),
-        aligned(margin),
+        triton_common.dense(chosen),
+        triton_common.dense(rejected),
+        triton_common.dense(margin),
         grad_chosen if with_grad else None,
         grad_rejected if with_grad else None,
         sums,

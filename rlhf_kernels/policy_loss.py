@@ -136,7 +136,7 @@ def policy_loss(
         max_length: of seq-mean-token-sum-norm (Dr.GRPO) alone: T by default, required when packed.
         cu_seqlens: (S + 1,) int32 or int64, where the packed sequences start, and N at the end; may
             be left out where neither aggregation nor ratio_level asks for sequences.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         (loss, PolicyStats); loss is 0-d, float32 (float64 if an input is float64), and 0 with zero

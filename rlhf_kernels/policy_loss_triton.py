@@ -26,7 +26,7 @@ from rlhf_kernels.aggregation_triton import (
     valid_tokens,
 )
 from rlhf_kernels.checks import accumulation_dtype
-from rlhf_kernels.kl_estimate_triton import INVERSE_FACTORIALS, exp_remainder, kl_term
+from rlhf_kernels.kl_estimate_triton import exp, exp_remainder, kl_term
 from rlhf_kernels.policy_loss import OBJECTIVES
 from rlhf_kernels.triton_common import number
 
@@ -35,24 +35,6 @@ CISPO = tl.constexpr(OBJECTIVES.index("cispo"))
 REINFORCE = tl.constexpr(OBJECTIVES.index("reinforce"))
 ROWS = 6  # of the partial sums: loss, count, clipped, KL, ratio, largest ratio
 SLOPE = tl.constexpr(ROWS)  # the row behind them: slopes in the ratio of the block's sequence
-
-
-@triton.jit
-def exp(x, TYPE: tl.constexpr):
-    """e^x within 1.1 units of the last place: of tl.exp's 2 to 3 sums of ratios keep a trace."""
-    if TYPE.is_fp64():
-        y = tl.exp(x)
-    else:
-        x = tl.where(x > 89.0, 89.0, tl.where(x < -104.0, -104.0, x))  # inf and 0 from there on
-        power = tl.floor(x * 1.4426950408889634 + 0.5)
-        rest = tl.fma(power, number(-0.693359375, TYPE), x)  # ln 2 in two parts, the first exact
-        rest = tl.fma(power, number(2.12194440e-4, TYPE), rest)
-        series = tl.full(x.shape, INVERSE_FACTORIALS[5], TYPE)
-        for k in tl.static_range(2, 7):
-            series = tl.fma(series, rest, number(INVERSE_FACTORIALS[6 - k], TYPE))
-        # power is up to 128, and 2^128 is infinite
-        y = (2.0 + 2.0 * tl.fma(rest * rest, series, rest)) * tl.exp2(power - 1.0)
-    return y
 
 
 @triton.jit
@@ -267,7 +249,11 @@ def policy_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, totals, coefficient, entropy_coefficient): the schema in policy_loss.py."""
     dense = triton_common.dense
-    logprob, old_logprob, mask = logprob.contiguous(), dense(old_logprob), dense(mask, torch.bool)
+    logprob, old_logprob, mask = (
+        triton_common.dense(logprob),
+        dense(old_logprob),
+        dense(mask, torch.bool),
+    )
     others = (dense(x) for x in (advantages, importance_weight, ref_logprob))
     inputs = (logprob, dense(entropy), old_logprob, *others)
     dtype = accumulation_dtype(*(x for x in inputs if x is not None))

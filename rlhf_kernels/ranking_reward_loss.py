@@ -39,7 +39,7 @@ def ranking_reward_loss(
         group_offsets: (P + 1,) int32 or int64, where the prompts start, and M at the end. Groups
             may be empty or differ in size.
         center_coef: number >= 0; pulls the scores towards 0.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         loss: one number, float32 (float64 for float64 scores), differentiable with respect to

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels import checks, triton_common
-from rlhf_kernels.gae_triton import aligned
 from rlhf_kernels.pairwise_reward_loss_triton import neg_log_sigmoid, reward_loss_bwd
 
 ROWS = tl.constexpr(16)
@@ -159,7 +158,11 @@ def ranking_reward_loss_fwd(
     checks.offset_values("group_offsets", group_offsets, scores.shape[0])
     total, groups = scores.shape[0], group_offsets.shape[0] - 1
     programs, TYPE = groups * SLOTS.value, triton_common.TYPES[scores.dtype]
-    inputs = aligned(scores), aligned(ranks), aligned(group_offsets)
+    inputs = (
+        triton_common.dense(scores),
+        triton_common.dense(ranks),
+        triton_common.dense(group_offsets),
+    )
     sums = ranks.new_empty(programs * SUMS.value, dtype=torch.float64)
     slopes = ranks.new_empty(total, dtype=torch.float64) if with_grad else None
     factors = ranks.new_empty(2, dtype=torch.float64)

@@ -69,15 +69,15 @@ def token_logprob(
         inplace_backward: the backward overwrites ``logits`` with its gradient instead of allocating
             one of the same size; a later use of the logits by autograd then raises. Needs logits
             that are not a leaf and whose rows do not overlap. Ignored under torch.compile.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         logprob in the shape of ``tokens``, or ``TokenLogprob(logprob, entropy)``, entropy (...);
         float32 (float64 for float64 logits), both differentiable with respect to ``logits``.
 
     Raises:
-        IndexError: a token outside [0, V) that is not ``ignore_index`` (CPU tensors; on CUDA that
-            row is NaN).
+        IndexError: a token outside [0, V) that is not ``ignore_index`` (CPU tensors; on CUDA the
+            result is NaN, unless RLHF_KERNELS_CHECK=1, which waits for the device to look).
         ValueError, TypeError: arguments that do not fit, before anything is computed.
     """
     temperature_tensor, temperature_value = check_logits(logits, tokens, temperature, ignore_index)

@@ -10,7 +10,7 @@ that an expression has the same bits in every kernel.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -26,9 +26,21 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **constan
         kernel[(programs,)](*args, num_warps=num_warps, enable_fp_fusion=False, **constants)
 
 
+@overload
+def dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
+@overload
+def dense(x: None, dtype: torch.dtype | None = None) -> None: ...
+@overload
+def dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None: ...
 def dense(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    """A contiguous tensor of ``dtype``: for (B, T)-sized tensors, never a vocabulary-sized one."""
-    return None if x is None else x.to(dtype or x.dtype).contiguous()
+    """A contiguous tensor of ``dtype`` from a multiple of 16 bytes on, as wide loads want it.
+
+    For (B, T)-sized tensors, which may be copied, never a vocabulary-sized one.
+    """
+    if x is None:
+        return None
+    x = x.to(dtype or x.dtype).contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def check_tokens(tokens: Tensor, vocab: int, ignore_index: int) -> None:

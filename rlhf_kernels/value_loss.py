@@ -80,7 +80,7 @@ def value_loss(
             reaches no result and no gradient.
         clip: c >= 0; None: the plain squared error.
         aggregation, normalizer, max_length, cu_seqlens: as in ``policy_loss``.
-        backend: reference | cpu; None chooses (see rlhf_kernels.backend).
+        backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
         (loss, ValueStats); loss is 0-d, float32 (float64 if an input is float64), and 0 with zero

@@ -144,7 +144,7 @@ def value_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, totals, coefficient): the schema in value_loss.py."""
     dtype = accumulation_dtype(*(x for x in (values, old_values, returns) if x is not None))
-    values, returns = values.contiguous(), returns.contiguous()
+    values, returns = triton_common.dense(values), triton_common.dense(returns)
     old_values, mask = triton_common.dense(old_values), triton_common.dense(mask, torch.bool)
     blocks = aggregation_triton.cut(values, cu_seqlens, aggregation)
     per_sequence = aggregation_triton.sequence_sums(blocks, aggregation, mask, values)

@@ -162,3 +162,11 @@ def test_every_simd_level_passes_the_self_check(level, tmp_path):
     result = run("-m", "rlhf_kernels", cwd=tmp_path, package=ROOT, RLHF_KERNELS_SIMD=level)
     assert f"build simd                {level}\n" in result.stdout
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_an_unknown_simd_level_is_named(tmp_path):
+    if "error" in rlhf_kernels.build_info():
+        pytest.skip("the extension is not built")
+    code = "import rlhf_kernels; rlhf_kernels.build_info()"
+    result = run("-c", code, cwd=tmp_path, package=ROOT, RLHF_KERNELS_SIMD="avx3")
+    assert "RLHF_KERNELS_SIMD: expected baseline, avx2 or avx512, got avx3" in result.stderr

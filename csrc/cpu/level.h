@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace rlhf_kernels {
 
@@ -13,17 +15,20 @@ inline const char* level_name(Level level) {
 }
 
 inline Level detect_level() {
+  const char* wanted = std::getenv("RLHF_KERNELS_SIMD");
+  const auto names = [&](Level level) {
+    return wanted != nullptr && std::strcmp(wanted, level_name(level)) == 0;
+  };
+  if (wanted && !names(Level::baseline) && !names(Level::avx2) && !names(Level::avx512))
+    throw std::runtime_error("RLHF_KERNELS_SIMD: expected baseline, avx2 or avx512, got " +
+                             std::string(wanted));
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const char* wanted = std::getenv("RLHF_KERNELS_SIMD");
-  const auto allows = [&](Level level) {  // a level that the processor lacks is never taken
-    return wanted == nullptr || std::strcmp(wanted, level_name(level)) == 0;
-  };
-  if (avx2 && avx512 && allows(Level::avx512)) return Level::avx512;
-  if (avx2 && (allows(Level::avx2) || (wanted && std::strcmp(wanted, "avx512") == 0)))
-    return Level::avx2;
+  // A level that the processor lacks is never taken: the next lower one is.
+  if (avx2 && avx512 && (!wanted || names(Level::avx512))) return Level::avx512;
+  if (avx2 && !names(Level::baseline)) return Level::avx2;
 #endif
   return Level::baseline;
 }

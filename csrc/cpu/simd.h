@@ -279,16 +279,3 @@ RK_HD vfloat log1p(vfloat x) {
 #define RK_STEP(V, n, i) ((n) - (i) < lanes<V> ? static_cast<int>((n) - (i)) : lanes<V>)
 
 #define RK_INLINE __attribute__((always_inline))
-
-// function<T>(args...) for the stored type T that `dtype` names
-#define RK_SWITCH(dtype, function, ...)     \
-  switch (dtype) {                          \
-    case DType::f32:                        \
-      return function<float>(__VA_ARGS__);  \
-    case DType::f64:                        \
-      return function<double>(__VA_ARGS__); \
-    case DType::bf16:                       \
-      return function<bf16>(__VA_ARGS__);   \
-    case DType::f16:                        \
-      return function<f16>(__VA_ARGS__);    \
-  }

@@ -43,19 +43,9 @@ class OnDevice {
 // A contiguous, uninitialised tensor on the device of `like`.
 inline Tensor device_empty(const Tensor& like, const int64_t* sizes, int64_t dims,
                            ScalarType type) {
-  std::vector<int64_t> strides(dims);
-  int64_t step = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    strides[d] = step;
-    step *= sizes[d] > 0 ? sizes[d] : 1;
-  }
   int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides.data(), code, device,
-                                                  like.get_device_index(), &handle));
-  Tensor out(handle);
+  Tensor out = empty(sizes, dims, type, device, like.get_device_index());
   poison(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
   return out;
 }
@@ -76,16 +66,3 @@ inline Tensor on_cpu(const Tensor& x) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace rlhf_kernels
-
-// function<T>(args...) for the stored type T that `dtype` names
-#define RK_SWITCH(dtype, function, ...)     \
-  switch (dtype) {                          \
-    case DType::f32:                        \
-      return function<float>(__VA_ARGS__);  \
-    case DType::f64:                        \
-      return function<double>(__VA_ARGS__); \
-    case DType::bf16:                       \
-      return function<bf16>(__VA_ARGS__);   \
-    case DType::f16:                        \
-      return function<f16>(__VA_ARGS__);    \
-  }

@@ -158,15 +158,8 @@ static void run_backward(TokenLogprobArgs a, void* stream) {
          grid, stream, a);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob_fwd(
-    const Tensor& logits, const Tensor& tokens_in, const std::optional<Tensor>& temperature_in,
-    double temperature_value, int64_t ignore_index, bool with_entropy) {
-  const OnDevice on(logits);
-  const ScalarType type = accumulation_type(logits);
-  const Tensor tokens = dense(tokens_in, ScalarType::Long);
-  const auto temperature = dense(temperature_in, type);
-  TokenLogprobArgs a =
-      token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
+LogprobResults allocate_results(TokenLogprobArgs& a, const Tensor& logits, const Tensor& tokens,
+                                ScalarType type, bool with_entropy) {
   const int64_t* rows_shape = logits.sizes().data();
   const int64_t dims = logits.dim() - 1;
   Tensor logprob = device_empty(logits, tokens.sizes().data(), tokens.dim(), type);
@@ -178,11 +171,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob_fwd(
   a.row_max = row_max.mutable_data_ptr();
   a.log_sum = log_sum.mutable_data_ptr();
   a.entropy = with_entropy ? entropy.mutable_data_ptr() : nullptr;
+  return {logprob, entropy, row_max, log_sum};
+}
+
+LogprobResults token_logprob_fwd(const Tensor& logits, const Tensor& tokens_in,
+                                 const std::optional<Tensor>& temperature_in,
+                                 double temperature_value, int64_t ignore_index,
+                                 bool with_entropy) {
+  const OnDevice on(logits);
+  const ScalarType type = accumulation_type(logits);
+  const Tensor tokens = dense(tokens_in, ScalarType::Long);
+  const auto temperature = dense(temperature_in, type);
+  TokenLogprobArgs a =
+      token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
+  const LogprobResults results = allocate_results(a, logits, tokens, type, with_entropy);
   const auto run = [&] {
     RK_SWITCH(dtype_of(logits, "logits"), run_forward, a, logits, type, on.stream)
   };
   run();
-  return {logprob, entropy, row_max, log_sum};
+  return results;
 }
 
 void token_logprob_bwd_into(const Tensor& grad_logits, const std::optional<Tensor>& grad_logprob_in,

@@ -195,17 +195,22 @@ RK_D void gradients(A (&z)[kCount], const Upstream<A>& u) {
   }
 }
 
-// ---- launchers (token_logprob.cu)
-// -------------------------------------------------------------------------------------
+// ---- launchers (token_logprob.cu) ----
 
 // The arguments that all share. The tensors must outlive the struct.
 TokenLogprobArgs token_logprob_args(const Tensor& logits, const Tensor& tokens,
                                     const std::optional<Tensor>& temperature,
                                     double temperature_value, int64_t ignore_index);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob_fwd(
-    const Tensor& logits, const Tensor& tokens, const std::optional<Tensor>& temperature,
-    double temperature_value, int64_t ignore_index, bool with_entropy);
+using LogprobResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// logprob, entropy (empty if not asked for), row_max and log_sum, uninitialised, noted in `a`.
+LogprobResults allocate_results(TokenLogprobArgs& a, const Tensor& logits, const Tensor& tokens,
+                                ScalarType type, bool with_entropy);
+
+LogprobResults token_logprob_fwd(const Tensor& logits, const Tensor& tokens,
+                                 const std::optional<Tensor>& temperature, double temperature_value,
+                                 int64_t ignore_index, bool with_entropy);
 
 // grad_value: of each log-probability where grad_logprob is missing.
 void token_logprob_bwd_into(const Tensor& grad_logits, const std::optional<Tensor>& grad_logprob,

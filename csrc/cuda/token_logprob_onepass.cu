@@ -163,30 +163,20 @@ static bool run_onepass(TokenLogprobArgs a, void* stream) {
   return true;
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
 // grad_logprob: the upstream gradients; without them 1. Two reads where one is not possible.
-static Results onepass_into(const Tensor& grad_logits, const Tensor& logits,
-                            const Tensor& tokens_in, const std::optional<Tensor>& temperature_in,
-                            double temperature_value, int64_t ignore_index,
-                            const std::optional<Tensor>& grad_logprob_in, bool with_entropy) {
+static LogprobResults onepass_into(const Tensor& grad_logits, const Tensor& logits,
+                                   const Tensor& tokens_in,
+                                   const std::optional<Tensor>& temperature_in,
+                                   double temperature_value, int64_t ignore_index,
+                                   const std::optional<Tensor>& grad_logprob_in,
+                                   bool with_entropy) {
   const OnDevice on(logits);
   const ScalarType type = accumulation_type(logits);
   const Tensor tokens = dense(tokens_in, ScalarType::Long);
   const auto temperature = dense(temperature_in, type), grad_logprob = dense(grad_logprob_in, type);
   TokenLogprobArgs a =
       token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
-  const int64_t* rows_shape = logits.sizes().data();
-  const int64_t dims = logits.dim() - 1;
-  Tensor logprob = device_empty(logits, tokens.sizes().data(), tokens.dim(), type);
-  Tensor row_max = device_empty(logits, rows_shape, dims, type);
-  Tensor log_sum = device_empty(logits, rows_shape, dims, type);
-  Tensor entropy =
-      with_entropy ? device_empty(logits, rows_shape, dims, type) : device_empty(logits, {0}, type);
-  a.logprob = logprob.mutable_data_ptr();
-  a.row_max = row_max.mutable_data_ptr();
-  a.log_sum = log_sum.mutable_data_ptr();
-  a.entropy = with_entropy ? entropy.mutable_data_ptr() : nullptr;
+  const LogprobResults kept = allocate_results(a, logits, tokens, type, with_entropy);
   a.grad_logprob = data_or_null(grad_logprob);
   a.grad_value = 1;
   a.grad_logits = grad_logits.mutable_data_ptr();
@@ -195,8 +185,8 @@ static Results onepass_into(const Tensor& grad_logits, const Tensor& logits,
     RK_SWITCH(dtype_of(logits, "logits"), run_onepass, a, on.stream)
     return false;
   };
-  if (run()) return {logprob, entropy, row_max, log_sum};
-  const Results results =
+  if (run()) return kept;
+  const LogprobResults results =
       token_logprob_fwd(logits, tokens, temperature, temperature_value, ignore_index, with_entropy);
   token_logprob_bwd_into(grad_logits, grad_logprob, 1, std::nullopt, logits, tokens, temperature,
                          temperature_value, ignore_index, std::get<1>(results),
@@ -217,11 +207,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_logprob_onepass(
 }
 
 // The gradient takes the place of the logits.
-static Results token_logprob_onepass_(const Tensor& logits, const Tensor& tokens,
-                                      const std::optional<Tensor>& temperature,
-                                      double temperature_value, int64_t ignore_index,
-                                      const std::optional<Tensor>& grad_logprob,
-                                      bool with_entropy) {
+static LogprobResults token_logprob_onepass_(const Tensor& logits, const Tensor& tokens,
+                                             const std::optional<Tensor>& temperature,
+                                             double temperature_value, int64_t ignore_index,
+                                             const std::optional<Tensor>& grad_logprob,
+                                             bool with_entropy) {
   return onepass_into(logits, logits, tokens, temperature, temperature_value, ignore_index,
                       grad_logprob, with_entropy);
 }
