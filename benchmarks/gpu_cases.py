@@ -71,7 +71,7 @@ class Case:
         sampled: the reference checks some rows: in float64 all would not fit into memory.
         reference: the specification, where the operator's own reference is too large.
         eager, compiled: whether the formula runs in this way.
-        one_read: CUDA's operator that writes the gradient in the forward takes part.
+        one_call: the operator that writes the gradient in the forward, which takes part too.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Case:
     reference: Function | None = None
     eager: bool = True
     compiled: tuple[str, ...] | None = None
-    one_read: bool = False
+    one_call: str = ""
 
 
 def first(result: Any) -> Any:
@@ -155,7 +155,7 @@ def token_logprob_cases(rows: int, vocab: int, dtype: torch.dtype, name: str) ->
             name=f"token_logprob forward + gradient {shape}",
             mode="both",
             least_bytes=lambda x: 2 * forward(x),
-            one_read=True,
+            one_call="token_logprob_and_grad",
             **gradient,
         ),
     }

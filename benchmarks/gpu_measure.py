@@ -23,19 +23,14 @@ import torch
 from torch import Tensor
 
 from gpu_cases import SPEC, Case, Draw, all_cases
-from rlhf_kernels import build_info
+from rlhf_kernels import build_info, token_logprob_and_grad
 from rlhf_kernels.backend import why_not
-from rlhf_kernels.opspec import Inputs, total_bytes
+from rlhf_kernels.opspec import Inputs, in_float64, outputs, total_bytes
 
 CASE_SECONDS = 1.0  # of timed rounds
 NEEDED = 12.0  # seconds that a case is expected to take, compilation included
 SPIN = 1_000_000  # cycles that the device waits before a timed call: half a millisecond
 ROWS = 96  # of the logits that the reference checks
-ONE_READ = (
-    "(Tensor logits, Tensor tokens, Tensor? temperature, float temperature_value, "
-    "int ignore_index, Tensor? grad_logprob, bool with_entropy) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 class Cpu:
@@ -130,7 +125,7 @@ class Contestant(NamedTuple):
     ours: bool
     inplace: bool = False
     # function(**inputs, upstream) -> (output, gradient), without autograd
-    one_read: bool = False
+    one_call: bool = False
 
 
 class Set(NamedTuple):
@@ -181,18 +176,10 @@ def ceilings(machine: Cpu, dry: bool) -> dict[str, Any]:
     }
 
 
-def one_read() -> Callable[..., Any]:
-    """CUDA's one-read operator; its schema is defined here where the package does not do it."""
-    name = "rlhf_kernels::token_logprob_onepass"
-    if not hasattr(torch.ops.rlhf_kernels, "token_logprob_onepass"):
-        torch.library.define(name, ONE_READ)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
-        raise RuntimeError("no CUDA kernel is registered for token_logprob_onepass")
-    operator = torch.ops.rlhf_kernels.token_logprob_onepass.default
-
-    def call(logits: Tensor, tokens: Tensor, upstream: Tensor) -> Any:
-        out = operator(logits, tokens, None, 1.0, -100, upstream, False)
-        return out[0], out[-1]
+def in_one_call(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def call(logits: Tensor, tokens: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        out = token_logprob_and_grad(logits, tokens, weight=upstream, backend=backend)
+        return out.logprob, out.grad_logits
 
     return call
 
@@ -211,13 +198,12 @@ def contestants(case: Case, backends: Sequence[str], compiler: str) -> tuple[lis
             return function(**inputs, **case.options, backend=backend)
 
         found.append(Contestant(backend, ours, True, "inplace_backward" in case.options))
-    if case.one_read:
-        try:
-            if "cuda" not in backends:
-                raise RuntimeError("no GPU tensors in a dry run")
-            found.append(Contestant("cuda, one read", one_read(), True, one_read=True))
-        except RuntimeError as failure:
-            missing["cuda, one read"] = why_not(case.op, "cuda") or str(failure)
+    for backend in backends if case.one_call else ():
+        name = f"{backend}, in one call"
+        if reason := why_not(case.one_call, backend):
+            missing[name] = reason
+        else:
+            found.append(Contestant(name, in_one_call(backend), True, one_call=True))
     for name, plain in case.plain.items():
         if case.eager and not (case.compiled and name in case.compiled):
             found.append(Contestant(f"eager {name}", plain, False))
@@ -227,10 +213,6 @@ def contestants(case: Case, backends: Sequence[str], compiler: str) -> tuple[lis
     return found, missing
 
 
-def tensors(x: Any) -> list[Tensor]:
-    return [x] if isinstance(x, Tensor) else [t for part in x for t in tensors(part)]
-
-
 def leaves_of(case: Case, x: Inputs, inplace: bool = False) -> dict[str, Tensor]:
     leaves = {name: x[name].detach().requires_grad_() for name in case.leaves}
     # In place: the logits are to be computed by autograd, and to be overwritten.
@@ -238,7 +220,7 @@ def leaves_of(case: Case, x: Inputs, inplace: bool = False) -> dict[str, Tensor]
 
 
 def forward(case: Case, function: Callable[..., Any], x: Inputs) -> list[Tensor]:
-    return tensors(case.output(function(**x)))
+    return outputs(case.output(function(**x)))
 
 
 def gradients(out: Tensor, leaves: dict[str, Tensor], upstream: Tensor | None) -> list[Tensor]:
@@ -247,7 +229,7 @@ def gradients(out: Tensor, leaves: dict[str, Tensor], upstream: Tensor | None) -
 
 def results(case: Case, contestant: Contestant, data: Set) -> list[Tensor]:
     """Outputs and gradients of one call."""
-    if contestant.one_read:
+    if contestant.one_call:
         return list(contestant.function(**data.inputs, upstream=data.upstream))
     if not case.leaves:
         with torch.no_grad():
@@ -265,7 +247,7 @@ def sample(
     def plain_call(data: Set) -> Any:
         return contestant.function(**data.inputs)
 
-    def one_read_call(data: Set) -> Any:
+    def fused_call(data: Set) -> Any:
         return contestant.function(**data.inputs, upstream=data.upstream)
 
     @torch.no_grad()
@@ -294,8 +276,8 @@ def sample(
 
     def timed(number: int) -> tuple[float, bool]:
         data = sets[number % len(sets)]
-        if contestant.one_read:
-            return machine.time(lambda: one_read_call(data))
+        if contestant.one_call:
+            return machine.time(lambda: fused_call(data))
         if case.mode != "forward":
             return gradient(data)
         with torch.no_grad():
@@ -315,10 +297,6 @@ def peak(machine: Cpu, case: Case, contestant: Contestant, data: Set) -> int:
     )
 
 
-def double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
 class Check:
     """The reference in float64 on one input set, and how far it is off in the input's dtype."""
 
@@ -336,7 +314,8 @@ class Check:
             data = Set(
                 {name: self._some(x) for name, x in data.inputs.items()}, self._some(data.upstream)
             )
-        exact = Set({name: double(x) for name, x in data.inputs.items()}, double(data.upstream))
+        upstream = None if data.upstream is None else data.upstream.double()
+        exact = Set(in_float64(data.inputs), upstream)
         self.truth = results(case, specification, exact)
         self.plain = [
             self.error(a, t)

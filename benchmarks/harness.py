@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rlhf_kernels.opspec import Maker, OpSpec
+from rlhf_kernels.opspec import Maker, OpSpec, outputs
 
 ROUNDS = 31
 WARMUP = 4
@@ -62,7 +62,7 @@ def compare(
     """
     for name, peer in peers.items():
         expected, got = peer(prepare(inputs[0])), ours(prepare(inputs[0]))
-        for a, b in zip(_tensors(expected), _tensors(got), strict=True):
+        for a, b in zip(outputs(expected), outputs(got), strict=True):
             error = (a.double() - b.double()).abs().max()
             scale = a.double().abs().max().clamp(min=1e-12)
             assert error <= tolerance * scale, f"differs from {name} by {error / scale:.2g}"
@@ -116,10 +116,6 @@ def with_gradient(function: Callable[..., torch.Tensor], *names: str) -> Call:
         return (scalar.detach(), *torch.autograd.grad(scalar, list(leaves.values())))
 
     return call
-
-
-def _tensors(x: Any) -> list[torch.Tensor]:
-    return [x] if isinstance(x, torch.Tensor) else [t for part in x for t in _tensors(part)]
 
 
 def bench_inputs(spec: OpSpec, count: int = 8, case: int = 0) -> list[dict[str, Any]]:

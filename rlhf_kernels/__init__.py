@@ -11,11 +11,18 @@ from rlhf_kernels.pairwise_reward_loss import RewardStats, pairwise_reward_loss
 from rlhf_kernels.policy_loss import PolicyStats, policy_loss
 from rlhf_kernels.ranking_reward_loss import ranking_reward_loss
 from rlhf_kernels.token_logprob import TokenLogprob, token_logprob
+from rlhf_kernels.token_logprob_and_grad import (
+    ClippedSurrogate,
+    LogprobAndGrad,
+    token_logprob_and_grad,
+)
 from rlhf_kernels.value_loss import ValueStats, value_loss
 
 __version__ = "0.1.0"
 __all__ = [
     "GAE",
+    "ClippedSurrogate",
+    "LogprobAndGrad",
     "LogprobKL",
     "PolicyStats",
     "RewardStats",
@@ -32,5 +39,6 @@ __all__ = [
     "policy_loss",
     "ranking_reward_loss",
     "token_logprob",
+    "token_logprob_and_grad",
     "value_loss",
 ]

@@ -13,14 +13,13 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import __version__, build_info
 from rlhf_kernels.backend import BACKENDS, why_not
-from rlhf_kernels.opspec import Inputs, Maker, OpSpec
+from rlhf_kernels.opspec import Inputs, Maker, OpSpec, in_float64, outputs
 from rlhf_kernels.specs import SPECS
 
 DEVICE = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -81,14 +80,10 @@ def _check(spec: OpSpec, backend: str) -> tuple[float, str]:
     worst = 0.0
     for sample in spec.samples(Maker(DEVICE[backend])):
         case = f"{spec.name}, {backend}, {sample.why!r}"
-        double = {
-            name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-            for name, x in sample.inputs.items()
-        }
         try:
             got = _run(spec, sample.inputs, backend)
             plain = _run(spec, sample.inputs, "reference")
-            truth = _run(spec, double, "reference")
+            truth = _run(spec, in_float64(sample.inputs), "reference")
         except Exception as failure:  # is reported; the other operators are still checked
             return worst, f"{case}: {type(failure).__name__}: {failure}"
         for i, (a, b, t) in enumerate(zip(got, plain, truth, strict=True)):
@@ -107,8 +102,8 @@ def _run(spec: OpSpec, inputs: Inputs, backend: str) -> list[Tensor]:
         for name in spec.differentiable
         if isinstance(inputs.get(name), Tensor)
     }
-    outputs = _flat(spec.function(**{**inputs, **leaves}, backend=backend))
-    first, results = outputs[0], [out.detach() for out in outputs]
+    found = outputs(spec.function(**{**inputs, **leaves}, backend=backend))
+    first, results = found[0], [out.detach() for out in found]
     if not first.requires_grad:
         return results
     weight = torch.linspace(-1, 2, first.numel()).to(first).reshape(first.shape)
@@ -116,10 +111,6 @@ def _run(spec: OpSpec, inputs: Inputs, backend: str) -> list[Tensor]:
     return results + list(
         torch.autograd.grad(first, wanted, weight, allow_unused=True, materialize_grads=True)
     )
-
-
-def _flat(output: Any) -> list[Tensor]:
-    return [output] if isinstance(output, Tensor) else [x for part in output for x in _flat(part)]
 
 
 def _error(got: Tensor, truth: Tensor) -> float:

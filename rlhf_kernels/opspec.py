@@ -69,6 +69,8 @@ class OpSpec:
             written once. Unless given, the inputs alone: where the outputs are small.
         bytes_backward: least traffic of forward and backward together.
         smooth: whether a call has no kink near its inputs, so that finite differences agree.
+        in_input_dtype: outputs, counted from the end, in the dtype of the inputs, as gradients are,
+            and not in that of the accumulation.
         atol: absolute error allowed beside twice the error of the plain formula, float32.
     """
 
@@ -80,6 +82,7 @@ class OpSpec:
     bytes_forward: Callable[[Inputs], int] = field(default=lambda inputs: total_bytes(inputs))
     bytes_backward: Callable[[Inputs], int] = field(default=lambda inputs: 2 * total_bytes(inputs))
     smooth: Callable[[Inputs], bool] = field(default=lambda inputs: True)
+    in_input_dtype: tuple[int, ...] = ()
     atol: float = 1e-6
     dtypes: tuple[torch.dtype, ...] = (
         torch.bfloat16,
@@ -94,3 +97,26 @@ def total_bytes(inputs: Inputs) -> int:
     """Bytes of all tensors among the inputs."""
     tensors = [x for x in inputs.values() if isinstance(x, torch.Tensor)]
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def outputs(result: Any) -> list[torch.Tensor]:
+    """The tensors of what an operator returned, in order; in named tuples, too; not a None."""
+    if result is None:
+        return []
+    return [result] if isinstance(result, torch.Tensor) else [x for y in result for x in outputs(y)]
+
+
+def map_tensors(inputs: Inputs, function: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+    """The inputs with ``function`` of every tensor, in named tuples, too."""
+
+    def mapped(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return type(x)(*map(mapped, x))
+        return function(x) if isinstance(x, torch.Tensor) else x
+
+    return {name: mapped(x) for name, x in inputs.items()}
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The inputs with every floating tensor in float64."""
+    return map_tensors(inputs, lambda x: x.double() if x.is_floating_point() else x)

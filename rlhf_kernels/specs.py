@@ -9,6 +9,7 @@ SPECS: tuple[OpSpec, ...] = tuple(
     importlib.import_module(f"rlhf_kernels.{name}").SPEC
     for name in (
         "token_logprob",
+        "token_logprob_and_grad",
         "logprob_kl",
         "kl_estimate",
         "policy_loss",

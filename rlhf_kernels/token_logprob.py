@@ -84,7 +84,7 @@ def token_logprob(
     chosen = _backend.select("token_logprob", logits.device.type, backend)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
-        _check_inplace(logits)
+        check_inplace("inplace_backward", logits)
     if chosen == "reference":
         scale = temperature_value if temperature_tensor is None else temperature_tensor
         out = token_logprob_reference(logits, tokens, scale, ignore_index)
@@ -138,11 +138,12 @@ def check_logits(
     return (one_per_row.squeeze(-1) if many else one_per_row).contiguous(), 1.0
 
 
-def _check_inplace(logits: Tensor) -> None:
+def check_inplace(name: str, logits: Tensor) -> None:
+    """``logits`` may be overwritten: no leaf nor a view of one, and no row twice in memory."""
     owner = logits if logits._base is None else logits._base
     if owner.is_leaf and owner.requires_grad:
         raise ValueError(
-            "inplace_backward: expected logits computed by autograd, got a leaf or a view of one, "
+            f"{name}: expected logits computed by autograd, got a leaf or a view of one, "
             "whose values would be overwritten by its own gradient"
         )
     spans = sorted((s, n) for s, n in zip(logits.stride(), logits.shape, strict=True) if n > 1)
@@ -150,7 +151,7 @@ def _check_inplace(logits: Tensor) -> None:
     for stride, size in spans:
         if stride < end:
             raise ValueError(
-                f"inplace_backward: expected rows that do not overlap, got strides "
+                f"{name}: expected rows that do not overlap, got strides "
                 f"{tuple(logits.stride())} for shape {tuple(logits.shape)}"
             )
         end = stride * size
@@ -203,7 +204,7 @@ def check_positive(temperature: float | Tensor, scored: Tensor) -> None:
         raise ValueError(f"temperature: expected finite numbers > 0, got {got:f} in row {row}")
 
 
-def _forward_fake(logits, tokens, temperature, temperature_value, ignore_index, with_entropy):
+def forward_fake(logits, tokens, temperature, temperature_value, ignore_index, with_entropy):
     dtype = checks.accumulation_dtype(logits)
     rows = logits.shape[:-1]
     logprob = logits.new_empty(tokens.shape, dtype=dtype)
@@ -234,7 +235,7 @@ _backend.define(
             "(Tensor logits, Tensor tokens, Tensor? temperature, float temperature_value, "
             "int ignore_index, bool with_entropy) "
             "-> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)",
-            _forward_fake,
+            forward_fake,
         ),
         "token_logprob_bwd": (
             f"(Tensor? grad_logprob, Tensor? grad_entropy, Tensor logits, {_SAVED}) -> Tensor",

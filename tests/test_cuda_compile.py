@@ -17,7 +17,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90a")
 REGISTERS = 128  # of a thread, of 65536 in a multiprocessor: two blocks of 256 threads fit
 # Kernels that read no vector: a few numbers for each row.
-SCALAR = ("token_logprob_join_kernel",)
+SCALAR = ("token_logprob_join_kernel", "surrogate_kernel")
 
 
 def cuobjdump() -> str | None:

@@ -10,14 +10,18 @@ import torch
 
 from compare import assert_close_to_truth
 from host_device import build
-from rlhf_kernels import gae, token_logprob
-from rlhf_kernels.opspec import Maker
+from rlhf_kernels import ClippedSurrogate, gae, token_logprob, token_logprob_and_grad
+from rlhf_kernels.opspec import Maker, in_float64
 from rlhf_kernels.specs import SPECS
-from test_ops import in_float64, run
+from test_ops import run
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-OPERATORS = {"token_logprob": "token_logprob_fwd", "gae": "gae"}
+OPERATORS = {
+    "token_logprob": "token_logprob_fwd",
+    "token_logprob_and_grad": "token_logprob_and_grad",
+    "gae": "gae",
+}
 ORDERS = {"forward": (0, 0), "backward": (1, 0), "shuffled": (2, 1), "shuffled again": (2, 2)}
 
 
@@ -279,29 +283,17 @@ def test_gae_wrong_offsets_stay_inside_and_are_reported(machine, monkeypatch):
         build.load()[1].gae(rewards, values, None, offsets, None, 1.0, 0.95)
 
 
-def onepass(logits, tokens, coef=None, temperature=None, inplace=False):
-    """Log-prob, entropy, row maximum, log-sum and the gradient of sum(coef * logprob)."""
-    operators = build.load()[1]
-    args = (logits, tokens, temperature, 1.0, -100, coef, True)
-    if not inplace:
-        return operators.token_logprob_onepass(*args)
-    return (*operators.token_logprob_onepass_(*args), logits)
-
-
-def two_passes(logits, tokens, coef=None, temperature=1.0):
-    """The same from the reference."""
-    leaf = logits.detach().requires_grad_()
-    options = {"with_entropy": True, "temperature": temperature, "backend": "reference"}
-    out = token_logprob(leaf, tokens, **options)
-    weighted = out.logprob if coef is None else out.logprob * coef
-    (grad,) = torch.autograd.grad(weighted.sum(), leaf)
-    return out.logprob.detach(), out.entropy.detach(), grad
+def one_read(logits, tokens, weight=None, temperature=1.0, **options):
+    """Everything but the entropy's None, as a list: the gradient is that of sum(weight logprob)."""
+    options = {"with_entropy": True, "backend": "cuda", **options}
+    out = token_logprob_and_grad(logits, tokens, weight=weight, temperature=temperature, **options)
+    return list(out)
 
 
 # 40001: clusters of 2 (16 bits), 4 (32 bits) and 8 (64 bits); the others: a block a row.
 @pytest.mark.parametrize("vocab", [1, 5, 668, 8300, 40001])
 @each_dtype
-def test_onepass_rows_anywhere_in_memory(machine, dtype, vocab):
+def test_one_read_rows_anywhere_in_memory(machine, dtype, vocab):
     generator = torch.Generator().manual_seed(vocab)
     rows = 2 if vocab > 10000 else 4
     wide = torch.full((rows, vocab + 4), torch.nan, dtype=dtype)
@@ -312,65 +304,94 @@ def test_onepass_rows_anywhere_in_memory(machine, dtype, vocab):
     tokens = torch.randint(vocab // 2, vocab, (rows, 3), generator=generator)
     tokens[:, 2] = tokens[:, 0]  # scored twice
     kind = torch.float64 if dtype == torch.float64 else torch.float32
-    coef = torch.randn(rows, 3, generator=generator).to(kind)
-    temperature = torch.linspace(0.7, 1.3, rows).to(kind)
-    atol = 1e-12 if dtype == torch.float64 else 1e-6
-    for weight in (coef, None):
-        truth = two_passes(
-            logits.double(),
-            tokens,
-            None if weight is None else weight.double(),
-            temperature.double().unsqueeze(-1),
+    temperature = torch.linspace(0.7, 1.3, rows).to(kind).unsqueeze(-1)
+    advantages = torch.randn(rows, generator=generator).to(kind)
+    surrogate = ClippedSurrogate(torch.full((rows,), -2.0), advantages, dual_clip=3.0)
+    cases = (
+        (tokens, torch.randn(rows, 3, generator=generator).to(kind), None),
+        (tokens, None, None),
+        (tokens[:, 0], torch.rand(rows, generator=generator).to(kind), surrogate),
+    )
+    for tokens, weight, surrogate in cases:
+        scale = temperature if tokens.dim() == 2 else temperature.squeeze(-1)
+        inputs = in_float64({"weight": weight, "surrogate": surrogate})
+        plain_options = {"backend": "reference", "surrogate": surrogate}
+        truth = one_read(
+            logits.double(), tokens, temperature=scale.double(), **inputs, backend="reference"
         )
-        plain = two_passes(logits, tokens, weight, temperature.unsqueeze(-1))
-        expected = onepass(logits.contiguous(), tokens, weight, temperature)
-        for i, b, t in zip((0, 1, 4), plain, truth, strict=True):
-            assert_close_to_truth(expected[i], b, t, atol, f"output {i}")
+        plain = one_read(logits, tokens, weight, scale, **plain_options)
+        expected = one_read(logits.contiguous(), tokens, weight, scale, surrogate=surrogate)
+        for i, (a, b, t) in enumerate(zip(expected, plain, truth, strict=True)):
+            atol = 1e-12 if dtype == torch.float64 else 1e-6
+            assert_close_to_truth(a, b, t, atol, f"output {i}")
         for order in ("backward", "shuffled"):
             machine(order)
-            got = onepass(logits, tokens, weight, temperature)
+            got = one_read(logits, tokens, weight, scale, surrogate=surrogate)
             for i, (a, b) in enumerate(zip(got, expected, strict=True)):
                 assert torch.equal(a, b), f"output {i}, {order}"
-        alone = onepass(
-            logits[-1:], tokens[-1:], None if weight is None else weight[-1:], temperature[-1:]
-        )
-        for a, b in zip(alone, expected, strict=True):
-            assert torch.equal(a, b[-1:])
-    buffer = wide.clone()
-    overwritten = onepass(buffer[:, 3 : 3 + vocab], tokens, weight, temperature, inplace=True)
-    for a, b in zip(overwritten, expected, strict=True):
-        assert torch.equal(a, b)
-    assert buffer[:, :3].isnan().all() and buffer[:, 3 + vocab :].isnan().all()
+        buffer = wide.clone()
+        place = buffer[:, 3 : 3 + vocab]
+        overwritten = one_read(place, tokens, weight, scale, surrogate=surrogate, inplace=True)
+        assert overwritten[-1].data_ptr() == place.data_ptr()
+        for a, b in zip(overwritten, expected, strict=True):
+            assert torch.equal(a, b)
+        assert buffer[:, :3].isnan().all() and buffer[:, 3 + vocab :].isnan().all()
 
 
-def test_onepass_ignored_and_wrong_tokens(machine):
+def test_one_read_row_alone_has_the_same_bits(machine):
+    logits = torch.randn(4, 40001, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens = torch.tensor([5, 39999, 20000, 7])
+    surrogate = ClippedSurrogate(torch.full((4,), -11.0), torch.tensor([1.0, -1.0, 2.0, -2.0]))
+    together = one_read(logits, tokens, surrogate=surrogate)
+    own = ClippedSurrogate(surrogate.old_logprob[-1:], surrogate.advantages[-1:])
+    alone = one_read(logits[-1:].clone(), tokens[-1:], surrogate=own)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b[-1:])
+
+
+def test_one_read_ignored_and_wrong_tokens(machine):
     logits = torch.randn(4, 70, generator=torch.Generator().manual_seed(0))
     logits[0] = torch.nan
     tokens = torch.tensor([[-100, -100], [3, -100], [70, 5], [-1, -1]])
+    known = torch.where((tokens < 0) | (tokens > 69), -100, tokens)
+    truth = one_read(logits, known, backend="reference")
     for order in ORDERS:
         machine(order)
-        logprob, entropy, row_max, log_sum, grad = onepass(logits, tokens)
-        truth = two_passes(logits, torch.where((tokens < 0) | (tokens > 69), -100, tokens))
+        logprob, entropy, row_max, log_sum, grad = one_read(logits, tokens)
         assert (logprob[0] == 0).all() and entropy[0] == row_max[0] == log_sum[0] == 0
         assert (grad[[0, 3]] == 0).all()
         assert logprob[2, 0].isnan() and logprob[3].isnan().all()
         torch.testing.assert_close(logprob[1], truth[0][1])
         torch.testing.assert_close(logprob[2, 1], truth[0][2, 1])
         torch.testing.assert_close(entropy[1:3], truth[1][1:3])
-        torch.testing.assert_close(grad[1:3], truth[2][1:3])
+        torch.testing.assert_close(grad[1:3], truth[-1][1:3])
         assert entropy[3].isfinite()
 
 
-def test_onepass_reads_twice_where_a_row_does_not_fit(machine):
+def test_one_read_surrogate_where_no_token_is_scored(machine):
+    """What old_logprob, advantages and weight hold there reaches nothing."""
+    logits = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([-100, 71, 3])
+    nothing = torch.tensor([torch.nan, torch.nan, 0.5])
+    logprob, *_, grad = one_read(
+        logits, tokens, nothing, surrogate=ClippedSurrogate(nothing - 4, nothing)
+    )
+    assert logprob[0] == 0 and logprob[1].isnan()
+    assert (grad[:2] == 0).all() and grad[2].abs().sum() > 0
+
+
+def test_one_read_reads_twice_where_a_row_does_not_fit(machine):
     logits = torch.randn(2, 30011, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([29000, 7])
-    coef = torch.tensor([0.5, -2.0])
-    once = onepass(logits, tokens, coef)
+    weight = torch.tensor([0.5, -2.0])
+    surrogate = ClippedSurrogate(torch.tensor([-10.0, -11.0]), torch.tensor([1.0, -2.0]))
     library = build.load()[0]
-    library.rk_host_limits(1, 99 * 1024)
-    try:
-        twice = onepass(logits, tokens, coef)
-    finally:
-        library.rk_host_limits(8, 227 * 1024)
-    for a, b in zip(once, twice, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for options in ({}, {"surrogate": surrogate}):
+        once = one_read(logits, tokens, weight, **options)
+        library.rk_host_limits(1, 99 * 1024)
+        try:
+            twice = one_read(logits, tokens, weight, **options)
+        finally:
+            library.rk_host_limits(8, 227 * 1024)
+        for a, b in zip(once, twice, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -19,7 +19,7 @@ import rlhf_kernels as rk
 from compare import assert_close_to_truth
 from rlhf_kernels.aggregation import AGGREGATIONS
 from rlhf_kernels.backend import INTERPRETING
-from rlhf_kernels.opspec import Maker
+from rlhf_kernels.opspec import Maker, map_tensors
 from rlhf_kernels.specs import SPECS
 
 
@@ -372,10 +372,7 @@ def test_host_sync():
     for spec in SPECS:
         for sample in spec.samples(Maker()):
             with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-                inputs = {
-                    name: mode.from_tensor(x) if isinstance(x, Tensor) else x
-                    for name, x in sample.inputs.items()
-                }
+                inputs = map_tensors(sample.inputs, mode.from_tensor)
                 for name in spec.differentiable:
                     if isinstance(inputs.get(name), Tensor):
                         inputs[name] = inputs[name].detach().requires_grad_()

@@ -65,4 +65,10 @@ inline Tensor on_cpu(const Tensor& x) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Blocks for `items` at `each` a block: no more than one dimension of a grid holds.
+inline int64_t blocks_for(int64_t items, int64_t each) {
+  const int64_t blocks = ceil_div(items, each), most = int64_t(1) << 30;
+  return blocks < most ? blocks : most;
+}
+
 }  // namespace rlhf_kernels

@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
       return token != a.ignore_index && token >= 0 && token >= begin && token < end;
     };
     for (int64_t k = thread_index(); k < a.per_row; k += block_size())
-      if (mine(tokens[k])) targets[k] = target_of(a, row, tokens[k], to_float(z.at[tokens[k]]), u);
+      if (mine(tokens[k]))
+        targets[k] = target_of(own_upstream<A>(a, row, tokens[k]), to_float(z.at[tokens[k]]), u);
     sync_block();
     for (int64_t at = begin; at < end; at += tile) {
       const int64_t first = at + thread_index() * kLanes<T>;
@@ -98,8 +99,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
 }
 
-// ---- launchers
-// -------------------------------------------------------------------------------------
+// ---- launchers ----
 
 TokenLogprobArgs token_logprob_args(const Tensor& logits, const Tensor& tokens,
                                     const std::optional<Tensor>& temperature,
@@ -132,8 +132,7 @@ static Grid cut(TokenLogprobArgs& a, int64_t columns) {
   const int threads = kWarp * static_cast<int>(warps < 1 ? 1 : warps < 8 ? warps : 8);
   a.part = int64_t(threads) * kHeld * kLanes<T> * kTiles;
   a.parts = columns > a.part ? ceil_div(columns, a.part) : 1;
-  const int64_t blocks = a.rows * a.parts, most = int64_t(1) << 30;
-  return {blocks < most ? blocks : most, threads, kWarp * static_cast<int>(sizeof(double))};
+  return {blocks_for(a.rows * a.parts, 1), threads, kWarp * static_cast<int>(sizeof(double))};
 }
 
 template <class T>
@@ -145,9 +144,8 @@ static void run_forward(TokenLogprobArgs a, const Tensor& logits, ScalarType typ
          a.entropy ? token_logprob_fwd_kernel<T, true> : token_logprob_fwd_kernel<T, false>, grid,
          stream, a);
   if (a.parts == 1) return;
-  const int64_t blocks = ceil_div(a.rows, kThreads / kWarp), most = int64_t(1) << 30;
   launch("token_logprob_fwd", token_logprob_join_kernel<T>,
-         Grid{blocks < most ? blocks : most, kThreads}, stream, a);
+         Grid{blocks_for(a.rows, kThreads / kWarp), kThreads}, stream, a);
 }
 
 template <class T>

@@ -169,14 +169,18 @@ struct Upstream {
   }
 };
 
-// The gradient of the logit z of token `token`, which may be scored more than once: g (1 - p) from
-// expm1.
+// The upstream gradient of a token, which may be scored more than once in its row.
 template <class A>
-RK_D A target_of(const TokenLogprobArgs& a, int64_t row, int64_t token, double z,
-                 const Upstream<A>& u) {
+RK_D double own_upstream(const TokenLogprobArgs& a, int64_t row, int64_t token) {
   double own = 0;
   for (int64_t k = row * a.per_row; k < (row + 1) * a.per_row; ++k)
     if (a.tokens[k] == token) own += upstream_of<A>(a, k);
+  return own;
+}
+
+// The gradient of the logit z of a token with the upstream gradient `own`: own (1 - p) from expm1.
+template <class A>
+RK_D A target_of(double own, double z, const Upstream<A>& u) {
   const double log_p = (z - u.max) * u.scale - u.log_sum;
   return z == -INFINITY
              ? A(0)

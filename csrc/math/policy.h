@@ -24,6 +24,12 @@ RK_HD PolicyTerm<V> ppo_term(V advantage, V ratio, V low, V high, V dual) {
   return {loss, select(below | above, zero, loss)};
 }
 
+// The slope of ppo_term in the log-probability of a token.
+template <class V>
+RK_HD V ppo_slope(V advantage, V logprob, V old_logprob, V low, V high, V dual) {
+  return ppo_term(advantage, exp(logprob - old_logprob), low, high, dual).slope;
+}
+
 // -stopgrad(clip(r, low, high)) A logprob (MiniMax-M1); slope in logprob.
 template <class V>
 RK_HD PolicyTerm<V> cispo_term(V advantage, V ratio, V logprob, V low, V high) {

@@ -19,15 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
 NAMESPACE = "rlhf_kernels_host"
-# Operators that no public function calls yet.
-_ONEPASS = (
-    "logits, Tensor tokens, Tensor? temperature, float temperature_value, int ignore_index, "
-    "Tensor? grad_logprob, bool with_entropy"
-)
-SCHEMAS = {
-    "token_logprob_onepass": f"(Tensor {_ONEPASS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "token_logprob_onepass_": f"(Tensor(a!) {_ONEPASS}) -> (Tensor, Tensor, Tensor, Tensor)",
-}
 
 
 def compiler() -> str | None:
@@ -56,7 +47,8 @@ def compile_library(folder: Path) -> Path:
 @functools.cache
 def load() -> tuple[ctypes.CDLL, types.SimpleNamespace]:
     """The library, and its operators as the attributes that ``backend.operators`` has."""
-    operators, schemas = types.SimpleNamespace(), dict(SCHEMAS)
+    operators = types.SimpleNamespace()
+    schemas: dict[str, str] = {}
     for full in torch._C._dispatch_get_all_op_names():
         space, name = full.split("::")
         if space == "rlhf_kernels" and "." not in name:

@@ -1,8 +1,9 @@
 // token_logprob and the gradient of its log-probabilities in one go: one read and one write of the
 // logits. The row waits in the shared memory of a cluster's blocks; it is not read again, and no
-// probability is written.
-// Fused: forward and backward, for losses whose row coefficients are known, or are applied later.
+// probability is written. Fused: forward, the clipped surrogate's slope, backward.
 #include "token_logprob.h"
+
+#include "math/policy.h"
 
 namespace rlhf_kernels {
 
@@ -14,6 +15,19 @@ inline constexpr int kMargin = 16;    // before and after them: what 16-byte acc
 inline constexpr int kShare = 48 * 1024;
 template <class T>
 inline constexpr int kResident = sizeof(T) == 8 ? 2 : 4;
+
+struct TokenLogprobAndGradArgs : TokenLogprobArgs {
+  const void *old_logprob, *advantages;  // (rows) in the accumulation dtype, or null: no surrogate
+  double low, high, dual;
+  void* coefficient;  // (rows): the upstream gradients, for the way with two reads
+};
+
+// The slope of the clipped surrogate in the log-probability of the row's token.
+template <class A>
+RK_D A slope_of(const TokenLogprobAndGradArgs& a, int64_t row, A logprob) {
+  return ppo_slope(static_cast<const A*>(a.advantages)[row], logprob,
+                   static_cast<const A*>(a.old_logprob)[row], A(a.low), A(a.high), A(a.dual));
+}
 
 // Columns [begin, begin + count) of the row to shared memory, at the distance from a 16-byte
 // boundary that they have in memory; returns where the first one is to be. Words that reach over an
@@ -69,7 +83,7 @@ RK_D Sums<A> join_cluster(const Sums<A>& own, A scale, Sums<A>* slot) {
 // A cluster a row, a part of it a block.
 template <class T, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
-    token_logprob_onepass_kernel(const TokenLogprobArgs a) {
+    token_logprob_and_grad_kernel(const TokenLogprobAndGradArgs a) {
   using A = typename Compute<T>::Scalar;
   A* scratch = reinterpret_cast<A*>(shared_memory());
   Sums<A>* slot = reinterpret_cast<Sums<A>*>(scratch + kWarp);
@@ -85,6 +99,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     Upstream<A> u = Upstream<A>::of(a, row);
     Sums<A> s{A(0), A(1), A(0)};
     const T* held = nullptr;
+    // The surrogate's token, before any block puts the gradient in its place.
+    const bool surrogate = a.advantages != nullptr && u.used && in_vocab(a, tokens[0]);
+    const double target = surrogate ? to_float(z.at[tokens[0]]) : 0;
     if (u.used) {
       held = copy_part(z, begin, count, shared_memory() + kScratch + kMargin);
       copy_wait<0>();
@@ -105,6 +122,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     const Softmax sums = in_nats(s);
     const double log_sum = ::log(sums.sum);
     u.log_sum = A(log_sum);
+    if (surrogate)
+      u.total *= slope_of(a, row, logprob_of<A>(a, tokens[0], target, u.max, u.scale, log_sum));
     for (int64_t at = -lead + thread_index() * kLanes<T>; at < count; at += step) {
       A x[kLanes<T>] = {};
       if (u.used) {
@@ -119,7 +138,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
       const bool scored = token != a.ignore_index && in_vocab(a, token);
       if (scored && at >= 0 && at < count) {
         const double logit = to_float(held[at]);
-        from_float(grad.at + at, target_of(a, row, token, logit, u));
+        const double own = surrogate ? u.total : own_upstream<A>(a, row, token);
+        from_float(grad.at + at, target_of(own, logit, u));
         logprob[k] = logprob_of<A>(a, token, logit, u.max, u.scale, log_sum);
       } else if (!scored && begin == 0) {
         logprob[k] = logprob_of<A>(a, token, 0, 0, 1, 0);
@@ -134,8 +154,18 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
   }
 }
 
-// ---- launchers
-// -------------------------------------------------------------------------------------
+// The upstream gradient of each row from its log-probability; 0 where none is scored.
+template <class A>
+__global__ void surrogate_kernel(const TokenLogprobAndGradArgs a) {
+  for (int64_t row = block_index() * block_size() + thread_index(); row < a.rows;
+       row += block_count() * block_size()) {
+    const bool scored = a.tokens[row] != a.ignore_index && in_vocab(a, a.tokens[row]);
+    const double slope = scored ? slope_of(a, row, static_cast<const A*>(a.logprob)[row]) : A(0);
+    static_cast<A*>(a.coefficient)[row] = A(scored ? upstream_of<A>(a, row) * slope : 0);
+  }
+}
+
+// ---- launchers ----
 
 // How a row is spread over a cluster; no blocks where it does not fit.
 template <class T>
@@ -153,72 +183,93 @@ static Grid spread(TokenLogprobArgs& a) {
   return {fits ? rows * cluster : 0, kThreads, bytes, cluster};
 }
 
+// false: a row does not fit.
 template <class T>
-static bool run_onepass(TokenLogprobArgs a, void* stream) {
+static bool run_one_read(TokenLogprobAndGradArgs a, void* stream) {
   const Grid grid = spread<T>(a);
   if (grid.blocks == 0) return a.rows == 0;
-  launch("token_logprob_onepass",
-         a.entropy ? token_logprob_onepass_kernel<T, true> : token_logprob_onepass_kernel<T, false>,
-         grid, stream, a);
+  launch(
+      "token_logprob_and_grad",
+      a.entropy ? token_logprob_and_grad_kernel<T, true> : token_logprob_and_grad_kernel<T, false>,
+      grid, stream, a);
   return true;
 }
 
-// grad_logprob: the upstream gradients; without them 1. Two reads where one is not possible.
-static LogprobResults onepass_into(const Tensor& grad_logits, const Tensor& logits,
-                                   const Tensor& tokens_in,
-                                   const std::optional<Tensor>& temperature_in,
-                                   double temperature_value, int64_t ignore_index,
-                                   const std::optional<Tensor>& grad_logprob_in,
-                                   bool with_entropy) {
+// One read where a row fits the shared memory of a cluster, else two.
+static LogprobResults into(const Tensor& grad_logits, const Tensor& logits, const Tensor& tokens_in,
+                           const std::optional<Tensor>& temperature_in, double temperature_value,
+                           int64_t ignore_index, const std::optional<Tensor>& weight_in,
+                           const std::optional<Tensor>& old_logprob_in,
+                           const std::optional<Tensor>& advantages_in, double low, double high,
+                           double dual, bool with_entropy) {
   const OnDevice on(logits);
   const ScalarType type = accumulation_type(logits);
   const Tensor tokens = dense(tokens_in, ScalarType::Long);
-  const auto temperature = dense(temperature_in, type), grad_logprob = dense(grad_logprob_in, type);
-  TokenLogprobArgs a =
+  const auto temperature = dense(temperature_in, type), weight = dense(weight_in, type);
+  const auto old_logprob = dense(old_logprob_in, type), advantages = dense(advantages_in, type);
+  TokenLogprobAndGradArgs a{};
+  static_cast<TokenLogprobArgs&>(a) =
       token_logprob_args(logits, tokens, temperature, temperature_value, ignore_index);
-  const LogprobResults kept = allocate_results(a, logits, tokens, type, with_entropy);
-  a.grad_logprob = data_or_null(grad_logprob);
+  const LogprobResults results = allocate_results(a, logits, tokens, type, with_entropy);
+  a.grad_logprob = data_or_null(weight);
   a.grad_value = 1;
+  a.old_logprob = data_or_null(old_logprob);
+  a.advantages = data_or_null(advantages);
+  a.low = low;
+  a.high = high;
+  a.dual = dual;
   a.grad_logits = grad_logits.mutable_data_ptr();
   a.grad_rows = row_strides(grad_logits, "logits");
-  const auto run = [&]() -> bool {
-    RK_SWITCH(dtype_of(logits, "logits"), run_onepass, a, on.stream)
+  const auto one_read = [&]() -> bool {
+    RK_SWITCH(dtype_of(logits, "logits"), run_one_read, a, on.stream)
     return false;
   };
-  if (run()) return kept;
-  const LogprobResults results =
+  if (one_read()) return results;
+  const LogprobResults found =
       token_logprob_fwd(logits, tokens, temperature, temperature_value, ignore_index, with_entropy);
-  token_logprob_bwd_into(grad_logits, grad_logprob, 1, std::nullopt, logits, tokens, temperature,
-                         temperature_value, ignore_index, std::get<1>(results),
-                         std::get<2>(results), std::get<3>(results));
-  return results;
+  const auto& [logprob, entropy, row_max, log_sum] = found;
+  std::optional<Tensor> upstream = weight;
+  if (advantages) {
+    upstream = device_empty(logits, tokens.sizes().data(), tokens.dim(), type);
+    a.logprob = logprob.mutable_data_ptr();
+    a.coefficient = upstream->mutable_data_ptr();
+    launch("surrogate",
+           type == ScalarType::Double ? surrogate_kernel<double> : surrogate_kernel<float>,
+           Grid{blocks_for(a.rows, kThreads), kThreads}, on.stream, a);
+  }
+  token_logprob_bwd_into(grad_logits, upstream, 1, std::nullopt, logits, tokens, temperature,
+                         temperature_value, ignore_index, entropy, row_max, log_sum);
+  return found;
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_logprob_onepass(
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_logprob_and_grad(
     const Tensor& logits, const Tensor& tokens, const std::optional<Tensor>& temperature,
-    double temperature_value, int64_t ignore_index, const std::optional<Tensor>& grad_logprob,
-    bool with_entropy) {
+    double temperature_value, int64_t ignore_index, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& old_logprob, const std::optional<Tensor>& advantages, double low,
+    double high, double dual, bool with_entropy) {
   Tensor grad_logits =
       device_empty(logits, logits.sizes().data(), logits.dim(), logits.scalar_type());
-  const auto [logprob, entropy, row_max, log_sum] =
-      onepass_into(grad_logits, logits, tokens, temperature, temperature_value, ignore_index,
-                   grad_logprob, with_entropy);
-  return {logprob, entropy, row_max, log_sum, grad_logits};
+  return std::tuple_cat(
+      into(grad_logits, logits, tokens, temperature, temperature_value, ignore_index, weight,
+           old_logprob, advantages, low, high, dual, with_entropy),
+      std::tuple(grad_logits));
 }
 
 // The gradient takes the place of the logits.
-static LogprobResults token_logprob_onepass_(const Tensor& logits, const Tensor& tokens,
-                                             const std::optional<Tensor>& temperature,
-                                             double temperature_value, int64_t ignore_index,
-                                             const std::optional<Tensor>& grad_logprob,
-                                             bool with_entropy) {
-  return onepass_into(logits, logits, tokens, temperature, temperature_value, ignore_index,
-                      grad_logprob, with_entropy);
+static LogprobResults token_logprob_and_grad_(const Tensor& logits, const Tensor& tokens,
+                                              const std::optional<Tensor>& temperature,
+                                              double temperature_value, int64_t ignore_index,
+                                              const std::optional<Tensor>& weight,
+                                              const std::optional<Tensor>& old_logprob,
+                                              const std::optional<Tensor>& advantages, double low,
+                                              double high, double dual, bool with_entropy) {
+  return into(logits, logits, tokens, temperature, temperature_value, ignore_index, weight,
+              old_logprob, advantages, low, high, dual, with_entropy);
 }
 
 RK_REGISTER(m) {
-  m.impl("token_logprob_onepass", TORCH_BOX(&token_logprob_onepass));
-  m.impl("token_logprob_onepass_", TORCH_BOX(&token_logprob_onepass_));
+  m.impl("token_logprob_and_grad", TORCH_BOX(&token_logprob_and_grad));
+  m.impl("token_logprob_and_grad_", TORCH_BOX(&token_logprob_and_grad_));
 }
 
 }  // namespace rlhf_kernels
