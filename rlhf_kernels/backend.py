@@ -16,7 +16,7 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -142,8 +142,35 @@ def launch_triton(name: str, *args: Any) -> Any:
         return launcher(*args)
 
 
-def select(op: str, device_type: str, backend: str | None = None) -> str:
+class Fastest(NamedTuple):
+    """A measurement that lets another backend than Triton serve CUDA tensors."""
+
+    op: str  # public function
+    dtype: torch.dtype
+    size: int  # from this V (gae: T) on, up to the next row's
+    backend: str
+    result: str  # file under benchmarks/results
+
+
+# By op, dtype and size. What is not here is served by Triton: no GPU run has been recorded yet.
+FASTEST: tuple[Fastest, ...] = ()
+
+
+def select(
+    op: str,
+    device_type: str,
+    backend: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    size: int = 0,
+) -> str:
     """The backend that runs ``op`` on tensors of ``device_type`` (module docstring: the order).
+
+    Args:
+        op: name of the public function.
+        device_type: of the tensors.
+        backend: what the caller asks for.
+        dtype: of the main input, and
+        size: of its last dimension: by these the fastest of several GPU kernels is looked up.
 
     Raises:
         ValueError: unknown backend, or a backend for another device.
@@ -151,7 +178,7 @@ def select(op: str, device_type: str, backend: str | None = None) -> str:
     """
     asked = backend or os.environ.get("RLHF_KERNELS_BACKEND") or None
     if asked is None:
-        return _automatic(op, device_type)
+        return _automatic(op, device_type, dtype, size)
     source = "backend" if backend else "RLHF_KERNELS_BACKEND"
     if asked not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {asked!r}")
@@ -165,14 +192,20 @@ def select(op: str, device_type: str, backend: str | None = None) -> str:
     return asked
 
 
-def _automatic(op: str, device_type: str) -> str:
-    # Until a measurement says otherwise, Triton serves CUDA tensors.
-    candidate = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
-    reason = why_not(op, candidate) if candidate else f"no {device_type} kernels"
-    if candidate and reason is None:
-        return candidate
+def _automatic(op: str, device_type: str, dtype: torch.dtype, size: int) -> str:
+    candidates = {"cpu": ["cpu"], "cuda": [_fastest(op, dtype, size), "triton", "cuda"]}
+    reason: str | None = f"no {device_type} kernels"
+    for candidate in candidates.get(device_type, ()):
+        reason = why_not(op, candidate)
+        if reason is None:
+            return candidate
     if op not in _warned and not torch.compiler.is_compiling():
         _warned.add(op)
         text = f"{op} runs on the plain PyTorch reference for {device_type} tensors: {reason}"
         warnings.warn(text, RuntimeWarning, stacklevel=4)
     return "reference"
+
+
+def _fastest(op: str, dtype: torch.dtype, size: int) -> str:
+    rows = [x for x in FASTEST if x.op == op and x.dtype == dtype and x.size <= size]
+    return max(rows, key=lambda x: x.size).backend if rows else "triton"

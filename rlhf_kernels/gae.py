@@ -70,7 +70,7 @@ def gae(
         checks.floating("last_value", last_value, rewards.device)
         checks.shape("last_value", last_value, (sequences,), "for one value a sequence")
         last_value = last_value.detach()
-    chosen = _backend.select("gae", rewards.device.type, backend)
+    chosen = _backend.select("gae", rewards.device.type, backend, rewards.dtype, rewards.shape[-1])
     function = gae_reference if chosen == "reference" else _backend.operators[chosen].gae
     if rewards.requires_grad or values.requires_grad:
         rewards, values = rewards.detach(), values.detach()

@@ -81,7 +81,9 @@ def token_logprob(
         ValueError, TypeError: arguments that do not fit, before anything is computed.
     """
     temperature_tensor, temperature_value = check_logits(logits, tokens, temperature, ignore_index)
-    chosen = _backend.select("token_logprob", logits.device.type, backend)
+    chosen = _backend.select(
+        "token_logprob", logits.device.type, backend, logits.dtype, logits.shape[-1]
+    )
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
         check_inplace("inplace_backward", logits)

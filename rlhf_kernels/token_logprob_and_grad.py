@@ -98,7 +98,9 @@ def token_logprob_and_grad(
         checks.floating("weight", weight, logits.device)
         checks.shape("weight", weight, tokens.shape, "to match tokens")
     slope = _check_surrogate(surrogate, logits, tokens)
-    chosen = _backend.select("token_logprob_and_grad", logits.device.type, backend)
+    chosen = _backend.select(
+        "token_logprob_and_grad", logits.device.type, backend, logits.dtype, logits.shape[-1]
+    )
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         check_inplace("inplace", logits)

@@ -74,5 +74,7 @@ def use(monkeypatch, operators: types.SimpleNamespace) -> None:
     monkeypatch.setattr(
         backend,
         "select",
-        lambda op, device, asked=None: "cuda" if asked == "cuda" else select(op, device, asked),
+        lambda op, device, asked=None, *rest: (
+            "cuda" if asked == "cuda" else select(op, device, asked, *rest)
+        ),
     )
