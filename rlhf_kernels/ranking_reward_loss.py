@@ -156,11 +156,12 @@ def _samples(make: Maker) -> Iterator[Sample]:
 
 def _bench(make: Maker) -> Iterator[Sample]:
     prompts, completions = 64, 9
+    offsets = make.tensor([i * completions for i in range(prompts + 1)], torch.int64)
     yield Sample(
         {
             "scores": make.randn(prompts * completions),
             "ranks": make.integers(completions, prompts * completions),
-            "group_offsets": torch.arange(prompts + 1) * completions,
+            "group_offsets": offsets,
         },
         "64 prompts of 9 completions",
     )

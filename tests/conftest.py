@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import re
+from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +16,12 @@ import torch
 from rlhf_kernels.backend import INTERPRETING, why_not
 
 # Under Triton's interpreter (a process of its own, with small shapes) only that backend is tested.
-_ON_GPU = ["triton", "cuda"] if torch.cuda.is_available() else []
-_BACKENDS = ["triton"] if INTERPRETING else ["reference", "cpu", *_ON_GPU]
+_GPU = torch.cuda.is_available() and not INTERPRETING
+_BACKENDS = ["triton"] if INTERPRETING else ["reference", "cpu", *(["triton", "cuda"] * _GPU)]
 _NEEDS = {"cpu": "cpu", "triton": "cpu" if INTERPRETING else "cuda", "cuda": "cuda"}
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.fixture(params=["cpu", "cuda"] if _GPU else ["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     """The device of the tensors: ``"cpu"``, and ``"cuda"`` where there is one."""
     return request.param
@@ -27,14 +32,51 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
     """A backend that runs on ``device``, for the argument ``backend=``.
 
     A backend that this installation lacks is skipped with the reason. One operator stands for all:
-    an operator that misses in a library that is there fails its tests.
+    an operator that misses in a library that is there fails its tests (in that of CUDA, which has
+    not got all, it skips them). A test that does not ask for ``device`` makes CPU tensors.
     """
     name = request.param
+    if device != "cpu" and "device" not in inspect.signature(request.function).parameters:
+        pytest.skip("this test is about CPU tensors")
     if (needs := _NEEDS.get(name, device)) != device:
         pytest.skip(f"backend {name} needs {needs} tensors")
     if reason := why_not("token_logprob", name):
         pytest.skip(f"backend {name}: {reason}")
     return name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """Skip where an operator has no CUDA kernel of its own (test_gpu.py says which have one)."""
+    try:
+        return (yield)
+    except RuntimeError as error:  # of the compiler too, which quotes it
+        reason = re.search(r"'cuda' cannot run \w+: no CUDA kernel is registered", str(error))
+        if reason is None:
+            raise
+        pytest.skip(reason[0])
+
+
+@pytest.fixture
+def gpu_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[float], None]]:
+    """``gpu_memory(gibibytes)`` skips unless the GPU has so much free.
+
+    Of the tests that use this fixture one runs at a time, whichever process it is in.
+    """
+    import fcntl
+
+    with (tmp_path_factory.getbasetemp().parent / "gpu_memory.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def need(gibibytes: float) -> None:
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0] / 2**30
+            if free < gibibytes:
+                pytest.skip(f"needs {gibibytes} GiB of GPU memory, {free:.1f} are free")
+
+        yield need
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session", autouse=INTERPRETING)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compare import assert_close_to_truth
+from rlhf_kernels.backend import INTERPRETING
 from rlhf_kernels.opspec import Maker, OpSpec, Sample, in_float64, outputs
 from rlhf_kernels.specs import SPECS
 
@@ -69,6 +70,8 @@ def test_error_is_at_most_twice_that_of_the_plain_formula(spec, dtype, device, b
 
 @each_op
 def test_same_call_gives_the_same_bits(spec, device, backend):
+    if backend == "reference" and device == "cuda":
+        pytest.skip("PyTorch's own atomic additions")
     for sample in samples(spec, device, torch.float32):
         first = [x for part in run(spec, sample.inputs, backend) for x in part]
         for _ in range(3):
@@ -110,7 +113,11 @@ def test_gradcheck_in_float64(spec, device, backend):
             return tuple(x for x in found if x.requires_grad)
 
         leaves = [sample.inputs[n].detach().clone().requires_grad_() for n in names]
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=True), sample.why
+        # PyTorch's own atomic additions need not give the same bits twice.
+        again = 1e-12 if backend == "reference" else 0.0
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True, nondet_tol=again), (
+            sample.why
+        )
         checked += 1
     assert checked >= 2
 
@@ -137,19 +144,21 @@ class _Dispatch(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "rlhf_kernels":
+        if func.namespace.startswith("rlhf_kernels"):
             copy = [x.detach().clone() if isinstance(x, Tensor) else x for x in args]
             self.calls.append((func, tuple(copy), dict(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 
 @each_op
-def test_opcheck(spec, device):
+def test_opcheck(spec, device, backend):
     """opcheck on the forward and backward operators, with the arguments of real calls."""
+    if backend == "reference" or INTERPRETING:
+        pytest.skip("the reference calls no operator; opcheck takes the interpreter minutes")
     seen = set()
     for sample in samples(spec, device, torch.float32):
         with _Dispatch() as dispatch:
-            run(spec, sample.inputs, backend="cpu")
+            run(spec, sample.inputs, backend)
         for func, args, kwargs in dispatch.calls:
             torch.library.opcheck(func, args, kwargs)
             seen.add(func._schema.name.split("::")[1])

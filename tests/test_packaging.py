@@ -53,14 +53,20 @@ def test_wheel_works_elsewhere(tmp_path):
         pytest.skip(reason)
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
     pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*pip, "wheel", *options, "-w", tmp_path, ROOT], check=True)
+    # As in this folder, so that nothing is compiled twice.
+    architectures = rlhf_kernels.build_info().get("cuda_architectures", "").replace(" ", ";")
+    cuda = {"RLHF_KERNELS_CUDA": str(int(bool(architectures)))}
+    cuda |= {"RLHF_KERNELS_CUDA_ARCH": architectures}
+    command = [*pip, "wheel", *options, "-w", tmp_path, ROOT]
+    subprocess.run(command, env=os.environ | cuda, check=True)
     (wheel,) = tmp_path.glob("rlhf_kernels-*.whl")
 
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         binaries = {Path(n).name: archive.read(n) for n in names if n.endswith((".so", ".dylib"))}
     assert {n.split("/")[0].split("-")[0] for n in names} == {"rlhf_kernels", "rlhf_trainer"}
-    assert sorted(name.split(".")[0] for name in binaries) == ["_C", "librlhf_kernels_cpu"]
+    libraries = ["librlhf_kernels_cpu", *(["librlhf_kernels_cuda"] if architectures else [])]
+    assert sorted(name.split(".")[0] for name in binaries) == ["_C", *libraries]
     for name, content in binaries.items():
         assert str(ROOT).encode() not in content, f"{name} names the folder it was built in"
     for folder in (ROOT, ROOT / "python"):
