@@ -4,6 +4,8 @@ from rlhf_kernels.backend import build_info
 from rlhf_kernels.gae import GAE, gae
 from rlhf_kernels.kl_estimate import kl_estimate
 from rlhf_kernels.kl_shaped_rewards import kl_shaped_rewards
+from rlhf_kernels.linear_logprob import linear_logprob
+from rlhf_kernels.linear_token_loss import linear_token_loss
 from rlhf_kernels.logprob_kl import LogprobKL, logprob_kl
 from rlhf_kernels.masked_mean import masked_mean
 from rlhf_kernels.masked_whiten import masked_whiten
@@ -32,6 +34,8 @@ __all__ = [
     "gae",
     "kl_estimate",
     "kl_shaped_rewards",
+    "linear_logprob",
+    "linear_token_loss",
     "logprob_kl",
     "masked_mean",
     "masked_whiten",

@@ -86,13 +86,14 @@ def why_not(op: str, backend: str) -> str | None:
         op: name of a public function, e.g. ``"token_logprob"``.
         backend: one of ``reference``, ``cpu``, ``triton``, ``cuda``.
     """
-    return None if backend == "reference" else _reasons[op, backend]
+    return None if backend == "reference" else _reasons[_rows_of.get(op, op), backend]
 
 
 # backend -> its torch operators as attributes: overloads, as a packet resolves its name per call.
 operators = {name: types.SimpleNamespace() for name in BACKENDS[1:]}
 # (op, backend) -> why it cannot run. Filled once by define(): torch.compile traces plain look-ups.
 _reasons: dict[tuple[str, str], str | None] = {}
+_rows_of: dict[str, str] = {}  # op -> the operator whose kernels it runs on
 _warned: set[str] = set()
 _triton_modules: dict[str, str] = {}  # torch operator name -> module
 
@@ -130,6 +131,28 @@ def define(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
     file = f"{op}_triton.py"
     missing_file = None if (_FOLDER / file).exists() else f"there is no {file}"
     _reasons[op, "triton"] = _library_problem["triton"] or missing_file
+
+
+def define_composed(
+    op: str, rows: str, schemas: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]]
+) -> None:
+    """Define torch operators made of matrix products and the kernels of another operator.
+
+    Args:
+        op: name of the public function.
+        rows: the operator whose kernels run inside, on whatever backend it has.
+        schemas: torch operator name -> (schema without the name, implementation, fake).
+    """
+    for name, (schema, function, fake) in schemas.items():
+        torch.library.define(f"rlhf_kernels::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"rlhf_kernels::{name}", fake)
+        torch.library.impl(f"rlhf_kernels::{name}", ("CPU", "CUDA"), function)
+    follow(op, rows)
+
+
+def follow(op: str, rows: str) -> None:
+    """``op`` runs wherever the kernels of ``rows`` do."""
+    _rows_of[op] = rows
 
 
 def launch_triton(name: str, *args: Any) -> Any:

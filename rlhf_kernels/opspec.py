@@ -71,6 +71,11 @@ class OpSpec:
         smooth: whether a call has no kink near its inputs, so that finite differences agree.
         in_input_dtype: outputs, counted from the end, in the dtype of the inputs, as gradients are,
             and not in that of the accumulation.
+        own_matmul: False where a library multiplies matrices: threads and other rows may change the
+            last bits.
+        compiles: False where the operator runs code of the caller's: torch.compile leaves it out.
+        one_backward: whether a call's gradients can be taken only once.
+        dtypes: in which the errors of the outputs can be told from luck.
         atol: absolute error allowed beside twice the error of the plain formula, float32.
     """
 
@@ -83,6 +88,9 @@ class OpSpec:
     bytes_backward: Callable[[Inputs], int] = field(default=lambda inputs: 2 * total_bytes(inputs))
     smooth: Callable[[Inputs], bool] = field(default=lambda inputs: True)
     in_input_dtype: tuple[int, ...] = ()
+    own_matmul: bool = True
+    compiles: bool = True
+    one_backward: bool = False
     atol: float = 1e-6
     dtypes: tuple[torch.dtype, ...] = (
         torch.bfloat16,
@@ -103,6 +111,8 @@ def outputs(result: Any) -> list[torch.Tensor]:
     """The tensors of what an operator returned, in order; in named tuples, too; not a None."""
     if result is None:
         return []
+    if isinstance(result, dict):
+        result = tuple(result.values())
     return [result] if isinstance(result, torch.Tensor) else [x for y in result for x in outputs(y)]
 
 
@@ -112,6 +122,8 @@ def map_tensors(inputs: Inputs, function: Callable[[torch.Tensor], torch.Tensor]
     def mapped(x: Any) -> Any:
         if isinstance(x, tuple):
             return type(x)(*map(mapped, x))
+        if isinstance(x, dict):
+            return {name: mapped(value) for name, value in x.items()}
         return function(x) if isinstance(x, torch.Tensor) else x
 
     return {name: mapped(x) for name, x in inputs.items()}

@@ -11,6 +11,8 @@ SPECS: tuple[OpSpec, ...] = tuple(
         "token_logprob",
         "token_logprob_and_grad",
         "logprob_kl",
+        "linear_logprob",
+        "linear_token_loss",
         "kl_estimate",
         "policy_loss",
         "value_loss",

@@ -110,28 +110,35 @@ def check_logits(
     """Check what all log-prob operators share; the temperature as (one per row or None, number)."""
     checks.floating("logits", logits)
     checks.rows("logits", logits)
-    checks.integer("tokens", tokens, logits.device)
-    many = tokens.dim() == logits.dim()
-    if tokens.shape[: logits.dim() - 1] != logits.shape[:-1] or tokens.dim() > logits.dim():
-        want = tuple(logits.shape[:-1])
+    return check_targets("logits", logits, tokens, temperature, ignore_index)
+
+
+def check_targets(
+    name: str, x: Tensor, tokens: Tensor, temperature: float | Tensor, ignore_index: int
+) -> tuple[Tensor | None, float]:
+    """The same for ``x`` of shape (..., anything), whose name is ``name``."""
+    checks.integer("tokens", tokens, x.device)
+    many = tokens.dim() == x.dim()
+    if tokens.shape[: x.dim() - 1] != x.shape[:-1] or tokens.dim() > x.dim():
+        want = tuple(x.shape[:-1])
         raise ValueError(
-            f"tokens: expected shape {want} or {(*want, 'K')} to match logits "
-            f"{tuple(logits.shape)} without the last dim, got {tuple(tokens.shape)}"
+            f"tokens: expected shape {want} or {(*want, 'K')} to match {name} "
+            f"{tuple(x.shape)} without the last dim, got {tuple(tokens.shape)}"
         )
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
     if not isinstance(temperature, Tensor):
         checks.number("temperature", temperature, 0.0, open_low=True)
-        dtype = checks.accumulation_dtype(logits)
+        dtype = checks.accumulation_dtype(x)
         if not torch.compiler.is_compiling():
             limits = torch.finfo(dtype)
             checks.number("temperature", temperature, limits.tiny, limits.max)
             return None, float(temperature)
-        temperature = checks.as_tensor(temperature, logits, dtype)
-    checks.floating("temperature", temperature, logits.device)
+        temperature = checks.as_tensor(temperature, x, dtype)
+    checks.floating("temperature", temperature, x.device)
     rows = (*tokens.shape[:-1], 1) if many else tokens.shape
     try:
-        one_per_row = temperature.detach().to(checks.accumulation_dtype(logits)).expand(rows)
+        one_per_row = temperature.detach().to(checks.accumulation_dtype(x)).expand(rows)
     except RuntimeError:
         raise ValueError(
             f"temperature: expected a number or a shape broadcastable to {tuple(rows)}, "

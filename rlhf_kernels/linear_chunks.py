@@ -1,0 +1,320 @@
+"""What linear_logprob and linear_token_loss share: the head, chunks of tokens, the row kernels.
+
+The logits exist for one chunk of tokens at a time, in a buffer that every chunk uses again. They
+are in the dtype of the inputs, as the matrix product makes them; where that is 16 bits the target's
+logit and its share of the row's sum are computed again in float32. A float32 target beside a sum of
+rounded logits would be worse than both rounded: for a likely token the two errors cancel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import backend as _backend
+from rlhf_kernels import checks
+from rlhf_kernels.token_logprob import check_range, check_targets
+
+# Bytes that may be used beside the inputs, the outputs and the returned gradients.
+BUDGET = {"cpu": 128 << 20, "cuda": 1280 << 20}
+LEAST_TOKENS = 128  # of a chunk: with fewer a matrix product starves
+ADDED_ROWS = 4096  # of a product of 16 bits that are added to dW at a time, on the CPU
+_accumulation = checks.accumulation_dtype
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``check`` has cast what autocast wants cast; sums in float32 are to stay in float32."""
+
+    @functools.wraps(function)
+    def plain(*args: Any) -> Any:
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return plain
+
+
+class Head(NamedTuple):
+    """logits = hidden weight^T + bias, times logit_scale, softcap, over the temperature."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    temperature: Tensor | None  # (N,)
+    temperature_value: float
+    logit_scale: float
+    softcap: float  # 0: none
+    ignore_index: int
+
+
+class Rows(NamedTuple):
+    """What the row kernels return for a chunk: the statistics stay apart for the backward."""
+
+    logprob: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+
+
+def check(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    chunk_tokens: int | None,
+) -> tuple[Tensor, Tensor, Head]:
+    """Check the arguments; hidden (N, H), tokens (N,) or (N, K), and the head."""
+    checks.floating("hidden", hidden)
+    checks.floating("weight", weight, hidden.device)
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight: expected shape (V, {hidden.shape[-1] if hidden.dim() else 'H'}) to match "
+            f"hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] < 1:
+        raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {tuple(weight.shape)}")
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight: expected {hidden.dtype} to match hidden, got {weight.dtype}")
+    if bias is not None:
+        checks.floating("bias", bias, hidden.device)
+        checks.shape("bias", bias, weight.shape[:1], "to match weight")
+        if bias.dtype != hidden.dtype:
+            raise TypeError(f"bias: expected {hidden.dtype} to match hidden, got {bias.dtype}")
+    checks.number("logit_scale", logit_scale, 0.0, open_low=True)
+    if softcap is not None:
+        checks.number("softcap", softcap, 0.0, open_low=True)
+    if chunk_tokens is not None:
+        checks.number("chunk_tokens", chunk_tokens, 1)
+    many = tokens.dim() == hidden.dim() if isinstance(tokens, Tensor) else False
+    temperature_tensor, temperature_value = check_targets(
+        "hidden", hidden, tokens, temperature, ignore_index
+    )
+    if not torch.compiler.is_compiling():  # the kernels see chunks: here the place is the caller's
+        check_range(tokens, tokens != ignore_index, weight.shape[0])
+    head = Head(
+        weight,
+        bias,
+        None if temperature_tensor is None else temperature_tensor.reshape(-1),
+        temperature_value,
+        float(logit_scale),
+        0.0 if softcap is None else float(softcap),
+        ignore_index,
+    )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return rows, tokens.reshape(-1, tokens.shape[-1]) if many else tokens.reshape(-1), head
+
+
+def logits_reference(hidden: Tensor, head: Head) -> Tensor:
+    """The specification: all logits, but for the temperature."""
+    z = torch.nn.functional.linear(hidden, head.weight, head.bias)  # 2 N V H
+    z = z.to(_accumulation(hidden)) * head.logit_scale
+    return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
+
+
+def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, need_weight: bool) -> int:
+    """Tokens of a chunk: as many as the budget has room for, in chunks of equal size.
+
+    Args:
+        hidden: (N, H).
+        head: the head of these tokens.
+        asked: the caller's number, or None.
+        need_weight: whether dW is added up. Of several chunks of 16 bits that takes float32, which
+            is part of the budget on the CPU.
+    """
+    n, (vocab, width) = max(hidden.shape[0], 1), head.weight.shape
+    if asked is not None:
+        return min(asked, n)
+    budget = BUDGET.get(hidden.device.type, BUDGET["cuda"])
+    size = hidden.element_size() + (_accumulation(hidden).itemsize if head.softcap else 0)
+    row = vocab * size + 64  # and some vectors
+    if n * row <= budget:
+        return n
+    low = hidden.element_size() == 2 and not hidden.is_cuda
+    accumulator = (vocab + ADDED_ROWS) * width * 4 if low and need_weight else 0
+    most = max((budget - accumulator) // row, LEAST_TOKENS)
+    chunks = -(-n // most)
+    return -(-n // chunks)
+
+
+def used_tokens(tokens: Tensor, ignore_index: int) -> Tensor | None:
+    """Indices of the positions that are scored; None: all, or not worth looking.
+
+    To look waits for the device, so in a CUDA graph everything goes through the matrix product.
+    """
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    used = tokens != ignore_index
+    used = used.any(-1) if used.dim() == 2 else used
+    return None if bool(used.all()) else used.nonzero().squeeze(-1)
+
+
+@overload
+def take(x: Tensor, index: Tensor | None) -> Tensor: ...
+@overload
+def take(x: None, index: Tensor | None) -> None: ...
+@overload
+def take(x: Tensor | None, index: Tensor | None) -> Tensor | None: ...
+def take(x: Tensor | None, index: Tensor | None) -> Tensor | None:
+    return x if x is None or index is None else x.index_select(0, index)
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Slices of at most ``size``; one without tokens where there are none."""
+    for begin in range(0, max(count, 1), max(size, 1)):
+        yield slice(begin, min(begin + size, count))
+
+
+class Sweep:
+    """Makes the logits of a chunk and their gradient; holds the buffer and the accumulated dW.
+
+    Args:
+        hidden: (N, H).
+        head: with temperatures of these N tokens.
+        backend: of the row kernels.
+        size: tokens of a chunk.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, backend: str, size: int):
+        self.hidden, self.head = hidden, head
+        self.ops = _backend.operators[backend]
+        self.buffer = hidden.new_empty(size, head.weight.shape[0])
+        self.capped: Tensor | None = None  # tanh of the logits, in float32
+        if head.softcap:
+            self.capped = torch.empty_like(self.buffer, dtype=_accumulation(hidden))
+        self.one_chunk = size >= hidden.shape[0]
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
+
+    def logits(self, part: slice) -> Tensor:
+        """The logits of a chunk (softcap: their tanh), to be read with ``scaling``."""
+        h, head = self.hidden[part], self.head
+        z = self.buffer[: h.shape[0]]
+        if head.bias is None:
+            torch.mm(h, head.weight.t(), out=z)
+        else:
+            torch.addmm(head.bias, h, head.weight.t(), out=z)
+        if self.capped is None:
+            return z
+        return self.capped[: h.shape[0]].copy_(z).mul_(head.logit_scale / head.softcap).tanh_()
+
+    def scaling(self, part: slice) -> tuple[Tensor | None, float, int]:
+        """(temperature, temperature_value, ignore_index) that make of ``logits`` the logits."""
+        head = self.head
+        factor = 1 / (head.softcap or head.logit_scale)
+        temperature = None if head.temperature is None else head.temperature[part] * factor
+        return temperature, head.temperature_value * factor, head.ignore_index
+
+    def rows(self, part: slice, z: Tensor, tokens: Tensor, with_entropy: bool) -> Rows:
+        return Rows(*self.ops.token_logprob_fwd(z, tokens, *self.scaling(part), with_entropy))
+
+    def rows_and_gradient(self, part: slice, z: Tensor, tokens: Tensor) -> Rows:
+        """The same, and onehot - p, over the temperature, in place of the logits."""
+        constants = (None, None, None, 0.0, torch.inf, torch.inf, False)
+        args = (z, tokens, *self.scaling(part), *constants)
+        return Rows(*self.ops.token_logprob_and_grad_(*args))
+
+    def refined(self, part: slice, tokens: Tensor, rows: Rows) -> Tensor:
+        """logprob with the target's logit, here and in the sum, in float32; for logits of 16 bits.
+
+        What was read is x = logprob + log_sum, and the sum's share of it e^x.
+        """
+        head, h = self.head, self.hidden[part]
+        if h.dtype not in (torch.bfloat16, torch.float16):
+            return rows.logprob
+        many = tokens.dim() == 2
+        index = (tokens if many else tokens.unsqueeze(-1)).clamp(0, head.weight.shape[0] - 1)
+        exact = torch.empty(index.shape, dtype=torch.float32, device=h.device)
+        for k in range(index.shape[1]):
+            w = head.weight.index_select(0, index[:, k]).float()
+            exact[:, k] = w.mul_(h).sum(-1)
+        if head.bias is not None:
+            exact += head.bias.float()[index]
+        if head.softcap:
+            exact = torch.tanh(exact * (head.logit_scale / head.softcap))
+        temperature, value, ignore_index = self.scaling(part)
+        scale = value if temperature is None else temperature.unsqueeze(-1)
+        row_max, log_sum = rows.row_max.unsqueeze(-1), rows.log_sum.unsqueeze(-1)
+        logprob = rows.logprob if many else rows.logprob.unsqueeze(-1)
+        x, rounded = (exact - row_max) / scale, logprob + log_sum
+        change = (x.exp() - rounded.exp()) * (-log_sum).exp()
+        fine = x - log_sum - torch.log1p(change)
+        scored = (tokens if many else tokens.unsqueeze(-1)) != ignore_index
+        kept = scored & fine.isfinite() & logprob.isfinite()
+        return torch.where(kept, fine, logprob).view_as(rows.logprob)
+
+    def gradient(
+        self,
+        part: slice,
+        z: Tensor,
+        tokens: Tensor,
+        rows: Rows,
+        grad_logprob: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> Tensor:
+        """d loss / d (hidden weight^T + bias), in place of the logits."""
+        head = self.head
+        saved = (tokens, *self.scaling(part), rows.entropy, rows.row_max, rows.log_sum)
+        self.ops.token_logprob_bwd_(grad_logprob, grad_entropy, z, *saved)
+        if self.capped is None:
+            return z
+        factor = head.logit_scale / head.softcap
+        logits = self.buffer[: z.shape[0]]
+        for few, g in zip(logits.split(16), z.split(16), strict=True):  # tanh is made again
+            slope = few.to(g.dtype).mul_(factor).tanh_().square_().neg_().add_(1).mul_(factor)
+            few.copy_(g.mul_(slope))
+        return logits
+
+    def add_products(
+        self, part: slice, g: Tensor, coefficient: Tensor | None, into: Tensor | None, wanted: bool
+    ) -> None:
+        """dH = c g W into ``into``, and where wanted dW += g^T (c H) and d bias += g^T c.
+
+        Scaling the rows of the thin factors is scaling the rows of g.
+        """
+        h, c = self.hidden[part], coefficient
+        if into is not None:
+            torch.mm(g, self.head.weight, out=into[part])
+            if c is not None:
+                into[part].mul_(c.unsqueeze(-1))
+        if wanted:
+            scaled = h if c is None else h * c.unsqueeze(-1).to(h.dtype)
+            self.grad_weight = self._added(self.grad_weight, g, scaled)
+            if self.head.bias is not None:
+                ones = h.new_ones(h.shape[0], 1) if c is None else c.unsqueeze(-1).to(h.dtype)
+                self.grad_bias = self._added(self.grad_bias, g, ones)
+
+    def _added(self, total: Tensor | None, g: Tensor, h: Tensor) -> Tensor:
+        """total + g^T h; the total in float32 where there are several chunks."""
+        if self.one_chunk:
+            return g.t() @ h
+        dtype = _accumulation(g)
+        if total is None:
+            total = torch.zeros(g.shape[1], h.shape[1], dtype=dtype, device=g.device)
+        if g.dtype == dtype:
+            return total.addmm_(g.t(), h)
+        if g.is_cuda:
+            return torch.ops.aten.addmm.dtype_out(total, g.t(), h, dtype, out=total)
+        # CPUs have no product of 16 bits into float32, and rounded products would add up to less.
+        for begin in range(0, g.shape[1], ADDED_ROWS):
+            some = slice(begin, begin + ADDED_ROWS)
+            total[some].addmm_(g[:, some].t().to(dtype), h.to(dtype))
+        return total
+
+    def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """dW and d bias in the dtype of the weight."""
+        dw, db = self.grad_weight, self.grad_bias
+        return (
+            None if dw is None else dw.to(self.head.weight.dtype),
+            None if db is None else db.squeeze(-1).to(self.head.weight.dtype),
+        )

@@ -1,0 +1,159 @@
+"""linear_logprob: the logits path as the specification, chunks, precision, what is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compare import assert_close_to_truth
+from rlhf_kernels import linear_chunks, linear_logprob, token_logprob
+
+
+def inputs(rows=37, width=24, vocab=301, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(vocab, width, generator=generator) * 0.5
+    tokens = torch.randint(vocab, (rows,), generator=generator)
+    return hidden.to(device, dtype), weight.to(device, dtype), tokens.to(device)
+
+
+def test_linear_logprob_by_hand(device, backend):
+    """One hidden unit: logits 0, 1 and 2 times the hidden state."""
+    hidden = torch.tensor([[1.0]], device=device, requires_grad=True)
+    weight = torch.tensor([[0.0], [1.0], [2.0]], device=device, requires_grad=True)
+    out = linear_logprob(hidden, weight, torch.tensor([1], device=device), backend=backend)
+    p = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
+    assert out.item() == pytest.approx(p[1].log().item(), rel=1e-6)
+    out.backward()
+    assert hidden.grad.item() == pytest.approx((1 - p[1] - 2 * p[2]).item(), rel=1e-5)
+    expected = [-p[0].item(), 1 - p[1].item(), -p[2].item()]
+    assert weight.grad.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 36, 37, 1000])
+def test_chunks_change_nothing_but_roundings(device, backend, chunk_tokens):
+    hidden, weight, tokens = inputs(device=device)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    whole = linear_logprob(hidden, weight, tokens, with_entropy=True, backend="reference")
+    options = {"with_entropy": True, "chunk_tokens": chunk_tokens, "backend": backend}
+    parts = linear_logprob(hidden, weight, tokens, **options)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b)
+    scalars = [out.logprob.sum() + (out.entropy**2).sum() for out in (parts, whole)]
+    for a, b in zip(*(torch.autograd.grad(x, leaves) for x in scalars), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("likely", [False, True], ids=["random targets", "likely targets"])
+def test_target_and_sum_are_refined(dtype, likely, device, backend):
+    """16-bit logits: more exact than both rounded, which is better than an exact target alone."""
+    hidden, weight, tokens = inputs(400, 32, 200, dtype, device)
+    hidden = hidden * (3 if likely else 1)
+    logits = hidden.double() @ weight.double().t()
+    if likely:
+        tokens = logits.argmax(-1)
+    truth = token_logprob(logits, tokens, backend="reference")
+    rounded = hidden @ weight.t()
+    both = token_logprob(rounded, tokens, backend="reference").double()
+    exact = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    target_alone = exact - rounded.double().logsumexp(-1)
+    got = linear_logprob(hidden, weight, tokens, backend=backend).double()
+    if backend == "reference":
+        return
+    errors = [(x - truth).square().mean().sqrt() for x in (got, both, target_alone)]
+    assert errors[0] < 0.9 * errors[1]
+    if likely:
+        assert errors[1] < errors[2]
+    assert_close_to_truth(got, both, truth, 1e-6)
+
+
+def test_what_is_frozen_has_no_gradient(device, backend):
+    hidden, weight, tokens = inputs(device=device)
+    for frozen in (hidden, weight):
+        leaf = (weight if frozen is hidden else hidden).clone().requires_grad_()
+        args = (hidden, leaf) if frozen is hidden else (leaf, weight)
+        linear_logprob(*args, tokens, backend=backend).sum().backward()
+        assert leaf.grad is not None and frozen.grad is None
+
+
+def test_ignored_positions_reach_no_product(device, backend):
+    """NaN hidden states of prompts and padding reach neither result nor weight."""
+    hidden, weight, tokens = inputs(device=device)
+    clean = hidden.clone().requires_grad_()
+    dirty = hidden.clone()
+    tokens[::3] = -100
+    dirty[::3] = torch.nan
+    dirty.requires_grad_()
+    results = []
+    for leaf in (clean, dirty):
+        w = weight.clone().requires_grad_()
+        out = linear_logprob(leaf, w, tokens, chunk_tokens=7, backend=backend)
+        out.sum().backward()
+        results.append((out.detach(), leaf.grad, w.grad))
+    if backend == "reference":
+        return  # it multiplies them
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert (results[1][0][::3] == 0).all() and (results[1][1][::3] == 0).all()
+
+
+def test_same_bits_with_and_without_a_gradient(device, backend):
+    hidden, weight, tokens = inputs(dtype=torch.bfloat16, device=device)
+    options = {"chunk_tokens": 10, "backend": backend}
+    with torch.no_grad():
+        old = linear_logprob(hidden, weight, tokens, **options)
+    new = linear_logprob(hidden, weight.requires_grad_(), tokens, **options)
+    entropy = linear_logprob(hidden, weight, tokens, with_entropy=True, **options)
+    assert torch.equal(old, new.detach()) and torch.equal(old, entropy.logprob.detach())
+
+
+def test_autocast_casts_hidden_and_weight(device, backend):
+    hidden, weight, tokens = inputs(device=device)
+    leaf = weight.clone().requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = linear_logprob(hidden, leaf, tokens, backend=backend)
+    expected = linear_logprob(hidden.bfloat16(), weight.bfloat16(), tokens, backend=backend)
+    assert torch.equal(out.detach(), expected)
+    out.sum().backward()
+    assert leaf.grad.dtype == torch.float32
+
+
+def test_memory_of_a_chunk():
+    """It follows the budget, but is never so small that the matrix products starve."""
+    head = linear_chunks.Head(torch.empty(64000, 64), None, None, 1.0, 1.0, 0.0, -100)
+    hidden = torch.empty(4096, 64)
+    size = linear_chunks.tokens_of_chunk(hidden, head, None, True)
+    assert size * 64000 * 4 <= 128 << 20 and size >= 500
+    assert linear_chunks.tokens_of_chunk(hidden, head, 100, True) == 100
+    large = head._replace(weight=torch.empty(1, 1).expand(10**7, 64))
+    assert linear_chunks.tokens_of_chunk(hidden, large, None, True) == linear_chunks.LEAST_TOKENS
+    assert linear_chunks.tokens_of_chunk(hidden[:7], head, None, True) == 7
+
+
+def test_bad_arguments_are_named(device, backend):
+    hidden, weight, tokens = inputs(device=device)
+
+    def call(**options):
+        args = {"hidden": hidden, "weight": weight, "tokens": tokens, "backend": backend}
+        linear_logprob(**{**args, **options})
+
+    with pytest.raises(ValueError, match=r"weight: expected shape \(V, 24\) to match hidden"):
+        call(weight=weight.t())
+    with pytest.raises(TypeError, match=r"weight: expected torch\.float32 to match hidden"):
+        call(weight=weight.double())
+    with pytest.raises(ValueError, match=r"tokens: expected shape \(37,\) or .* to match hidden"):
+        call(tokens=tokens[:5])
+    with pytest.raises(ValueError, match=r"bias: expected shape \(301,\) to match weight"):
+        call(bias=weight[0])
+    with pytest.raises(ValueError, match="softcap: expected a finite number > 0"):
+        call(softcap=0.0)
+    with pytest.raises(ValueError, match="logit_scale: expected a finite number > 0"):
+        call(logit_scale=-1.0)
+    with pytest.raises(ValueError, match="chunk_tokens: expected a finite number >= 1"):
+        call(chunk_tokens=0)
+    if device == "cpu":
+        wrong = tokens.clone()
+        wrong[30] = 301
+        with pytest.raises(IndexError, match="got 301 at position 30"):
+            call(tokens=wrong, chunk_tokens=4)
