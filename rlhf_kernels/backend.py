@@ -168,7 +168,7 @@ def launch_triton(name: str, *args: Any) -> Any:
 class Fastest(NamedTuple):
     """A measurement that lets another backend than Triton serve CUDA tensors."""
 
-    op: str  # public function
+    op: str  # public function; token_logprob's row serves whatever runs on its kernels
     dtype: torch.dtype
     size: int  # from this V (gae: T) on, up to the next row's
     backend: str
@@ -229,6 +229,12 @@ def _automatic(op: str, device_type: str, dtype: torch.dtype, size: int) -> str:
     return "reference"
 
 
+# One backend for both, so that the ratio of new to old log-probability is exactly 1 at first.
+_SAME_BITS = {"token_logprob_and_grad": "token_logprob"}
+
+
 def _fastest(op: str, dtype: torch.dtype, size: int) -> str:
+    op = _rows_of.get(op, op)
+    op = _SAME_BITS.get(op, op)
     rows = [x for x in FASTEST if x.op == op and x.dtype == dtype and x.size <= size]
     return max(rows, key=lambda x: x.size).backend if rows else "triton"

@@ -180,8 +180,9 @@ def token_logprob_reference(
     z = logits.to(checks.accumulation_dtype(logits))  # read N*V
     z = torch.where(row_valid.unsqueeze(-1), z, 0.0)  # select: a NaN there reaches no gradient
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    z = (z - z.detach().amax(-1, keepdim=True)) / scale
-    banned = z == -torch.inf
+    row_max = z.detach().amax(-1, keepdim=True)
+    banned = (z == -torch.inf) & (row_max > -torch.inf)
+    z = (z - row_max) / scale
     log_p = z.masked_fill(banned, -torch.inf).log_softmax(-1)  # gradient 0 where banned
     logprob = log_p.gather(-1, index.clamp(0, vocab - 1)).masked_fill(index < 0, torch.nan)
     logprob = torch.where(valid, logprob, 0.0)  # write N*K

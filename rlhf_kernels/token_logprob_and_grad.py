@@ -64,8 +64,9 @@ def token_logprob_and_grad(
     """``token_logprob``, and d/dlogits of sum(weight * logprob) or of sum(weight * surrogate).
 
     Without ``weight`` and ``surrogate`` the gradient is onehot - p, over the temperature: rows to
-    be scaled later. With a surrogate and weight = mask / number of valid tokens it is that of
-    ``policy_loss`` with aggregation token-mean.
+    be scaled later. With a surrogate and weight = mask / mask.sum().clamp(min=1) it is that of
+    ``policy_loss`` with aggregation token-mean; to leave masked rows unread, give them the token
+    ``ignore_index``.
 
     On CUDA, where a row fits the shared memory of a cluster, the logits are read once and their
     gradient is written once, against two reads and one write for forward and backward.
@@ -73,7 +74,9 @@ def token_logprob_and_grad(
     Args:
         logits: (..., V) bf16, fp16, fp32 or fp64; stride 1 in V, any strides before. A constant.
         tokens: (...) int64, or (..., K): K tokens scored per position (without ``surrogate``).
-        weight: of each token, in the shape of ``tokens``, a constant; None: 1.
+        weight: of each token, in the shape of ``tokens``, a constant; None: 1. Where it is 0 the
+            surrogate is left out, whatever it holds there. Vectors are taken in float32 (float64
+            for float64 logits).
         surrogate: the loss whose gradient is wanted; None: the log-probability.
         temperature: number > 0, or a tensor broadcastable to ``tokens.shape``.
         ignore_index: positions with this token give 0 and no gradient; their logits are not read,
@@ -186,11 +189,13 @@ def token_logprob_and_grad_reference(
         r, a = (select(logprob) - select(old_logprob)).exp(), select(advantages)
         least = torch.zeros_like(a).masked_fill(a < 0, low)
         most = torch.full_like(a, high).masked_fill(a < 0, dual)
-        g = torch.where(scored, g * torch.where((r < least) | (r > most), 0.0, -a * r), 0.0)
+        slope = torch.where((r < least) | (r > most), 0.0, -a * r)
+        g = torch.where(scored & (g != 0), g * slope, 0.0)
     many = tokens.dim() == logits.dim()
     g, index = (g, tokens) if many else (g.unsqueeze(-1), tokens.unsqueeze(-1))
     used = (index != ignore_index).any(-1, keepdim=True)
     z = torch.where(used, logits.to(logprob.dtype), 0.0)  # read N*V
+    banned = z == -torch.inf
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     row_max = z.amax(-1, keepdim=True)
     z = (z - row_max) / scale
@@ -199,7 +204,7 @@ def token_logprob_and_grad_reference(
     inside = scored if many else scored.unsqueeze(-1)
     onehot = torch.zeros_like(z).scatter_add_(-1, torch.where(inside, index, 0), g)
     grad = (onehot - g.sum(-1, keepdim=True) * p) / scale
-    banned = z == -torch.inf
+    banned = banned & (row_max > -torch.inf)
     grad = torch.where(used & ~banned, grad, 0.0).to(logits.dtype)  # write N*V
     return logprob, entropy, row_max.squeeze(-1), log_sum.squeeze(-1), grad
 

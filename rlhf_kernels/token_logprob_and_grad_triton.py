@@ -52,7 +52,8 @@ def surrogate_kernel(
     bounds = (number(low, TYPE), number(high, TYPE), number(dual, TYPE))
     _, slope = policy_term(advantage, ratio, new, bounds[0], bounds[1], bounds[2], PPO)
     if weight is not None:
-        slope = slope * tl.load(weight + row, mask=scored, other=0.0)
+        factor = tl.load(weight + row, mask=scored, other=0.0)
+        slope = tl.where(factor == 0.0, 0.0, factor * slope)  # a choice: no 0 * inf
     tl.store(coefficient + row, tl.where(scored, slope, 0.0), mask=row < rows)
 
 

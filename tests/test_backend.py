@@ -42,6 +42,8 @@ def test_recorded_backend_is_taken_for_its_op_dtype_and_size(gpu, monkeypatch):
     ]
     assert taken == ["triton", "cuda", "triton"]
     assert select("token_logprob", "cuda", None, torch.float32, 32000) == "triton"
+    for op in ("token_logprob_and_grad", "linear_logprob", "linear_token_loss"):
+        assert select(op, "cuda", None, torch.bfloat16, 32000) == "cuda"  # the same bits
     assert select("gae", "cuda", None, torch.bfloat16, 32000) == "triton"
     assert select("token_logprob", "cuda", "triton", torch.bfloat16, 32000) == "triton"
     gpu("token_logprob", "cuda")

@@ -96,6 +96,35 @@ def test_gradient_of_policy_loss(device, backend):
     torch.testing.assert_close(out.grad_logits, leaf.grad, rtol=1e-5, atol=1e-7)
 
 
+def test_weight_zero_leaves_the_surrogate_out(device, backend):
+    """As a mask that is selected: an infinite ratio or a NaN there does not count."""
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.tensor([1, 2, 3, 4], device=device)
+    old = torch.tensor([-2.0, -200.0, torch.nan, -2.0], device=device)
+    advantages = torch.tensor([1.0, -1.0, -1.0, torch.nan], device=device)
+    weight = torch.tensor([0.5, 0.0, 0.0, 0.0], device=device)
+    options = {"surrogate": ClippedSurrogate(old, advantages), "backend": backend}
+    grad = token_logprob_and_grad(logits, tokens, weight=weight, **options).grad_logits
+    assert (grad[1:] == 0).all() and grad[0].isfinite().all()
+
+
+def test_edge_of_the_clip_is_that_of_policy_loss(device, backend):
+    """On a bound the slope is the unclipped one, in the arithmetic of policy_loss."""
+    logits = torch.zeros(400, 2, device=device)
+    tokens = torch.zeros(400, dtype=torch.int64, device=device)
+    leaf = token_logprob(logits, tokens, backend=backend).detach().requires_grad_()
+    steps = torch.arange(-200, 200, device=device) * 2.0**-24
+    old = leaf.detach() - torch.log(torch.tensor(1.2, device=device)) + steps
+    advantages = torch.ones(400, device=device)
+    loss, _ = policy_loss(leaf, old, advantages, normalizer=1.0, backend=backend)
+    (expected,) = torch.autograd.grad(loss, leaf)
+    surrogate = ClippedSurrogate(old, advantages)
+    grad = token_logprob_and_grad(logits, tokens, surrogate=surrogate, backend=backend).grad_logits
+    kept = expected != 0
+    assert 0 < int(kept.sum()) < 400
+    assert torch.equal(grad[:, 0] != 0, kept)
+
+
 def test_the_gradient_may_take_the_place_of_the_logits(device, backend):
     generator = torch.Generator().manual_seed(0)
     leaf = torch.randn(4, 300, generator=generator).to(device).requires_grad_()

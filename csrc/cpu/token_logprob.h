@@ -105,8 +105,9 @@ static void backward(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
         if (tokens[j] == tokens[k]) own += upstream[row * a.per_row + j];
       const double logit = to_float(z[tokens[k]]);
       const double log_p = (logit - max) * scale - log_sum;
-      target[k] =
-          logit == -__builtin_inf() ? 0 : target_gradient(log_p, own, total, h, entropy) * scale;
+      target[k] = logit == -__builtin_inf() && max != logit
+                      ? 0
+                      : target_gradient(log_p, own, total, h, entropy) * scale;
     }
     if (a.grad_entropy)
       backward_row<true, T, A>(z, grad, a.vocab, max, A(scale), log_sum, A(total), A(h),

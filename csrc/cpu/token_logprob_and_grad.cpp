@@ -17,14 +17,15 @@ namespace RK_SIMD {
 template <class T>
 static void forward_and_backward(const TokenLogprobAndGradArgs& a, int64_t begin, int64_t end) {
   using A = typename Compute<T>::Scalar;
-  const auto number = [](const void* p, int64_t i) { return double(static_cast<const A*>(p)[i]); };
+  const auto number = [](const void* p, int64_t i) { return static_cast<const A*>(p)[i]; };
   for (int64_t row = begin; row < end; ++row) {
     forward<T>(a, row, row + 1);
     for (int64_t i = row * a.per_row; i < (row + 1) * a.per_row; ++i) {
-      const double slope = a.advantages ? ppo_slope(number(a.advantages, i), number(a.logprob, i),
-                                                    number(a.old_logprob, i), a.low, a.high, a.dual)
-                                        : 1;
-      static_cast<A*>(a.coefficient)[i] = A(a.weight ? number(a.weight, i) * slope : slope);
+      A coefficient = a.weight ? number(a.weight, i) : A(1);
+      if (a.advantages && coefficient != 0)  // a weight of 0 is a choice: no 0 * inf
+        coefficient *= ppo_slope(number(a.advantages, i), number(a.logprob, i),
+                                 number(a.old_logprob, i), A(a.low), A(a.high), A(a.dual));
+      static_cast<A*>(a.coefficient)[i] = coefficient;
     }
     backward<T>(a, row, row + 1);
   }

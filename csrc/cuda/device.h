@@ -34,12 +34,29 @@ struct Grid {
 
 namespace rlhf_kernels {
 
-// ---- launch
-// ----------------------------------------------------------------------------------------
+// ---- launch ----
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <class Args>
+void configure(void (*kernel)(Args), const Grid& grid, void* stream, const char* name,
+               cudaLaunchAttribute* cluster, cudaLaunchConfig_t* config) {
+  if (grid.shared_bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    grid.shared_bytes),
+               name);
+  cluster->id = cudaLaunchAttributeClusterDimension;
+  cluster->val.clusterDim.x = grid.cluster;
+  cluster->val.clusterDim.y = cluster->val.clusterDim.z = 1;
+  config->gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config->blockDim = dim3(grid.threads);
+  config->dynamicSmemBytes = grid.shared_bytes;
+  config->stream = static_cast<cudaStream_t>(stream);
+  config->attrs = cluster;
+  config->numAttrs = grid.cluster > 1;
 }
 
 // Runs kernel(args) on the stream. Nothing is launched for a grid without blocks.
@@ -47,21 +64,9 @@ template <class Args>
 void launch(const char* name, void (*kernel)(Args), const Grid& grid, void* stream,
             const Args& args) {
   if (grid.blocks == 0) return;
-  if (grid.shared_bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    grid.shared_bytes),
-               name);
   cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = grid.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1;
+  configure(kernel, grid, stream, name, &cluster, &config);
   check_cuda(cudaLaunchKernelEx(&config, kernel, args), name);
 }
 
@@ -72,13 +77,33 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
   return value;
 }
-inline int most_blocks_in_cluster() { return device_attribute(cudaDevAttrClusterLaunch) ? 8 : 1; }
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 inline int most_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// 1 as well where the code in use was made for a GPU before 9.0, from PTX: it knows no clusters.
+template <class Args>
+int most_blocks_in_cluster(void (*kernel)(Args)) {
+  if (!device_attribute(cudaDevAttrClusterLaunch)) return 1;
+  cudaFuncAttributes code{};
+  check_cuda(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
+  return code.ptxVersion >= 90 ? 8 : 1;
+}
+
+// Has the device room for a cluster of the grid? (A slice of a GPU may not.)
+template <class Args>
+bool holds_cluster(void (*kernel)(Args), const Grid& grid) {
+  if (grid.cluster == 1) return true;
+  cudaLaunchAttribute cluster{};
+  cudaLaunchConfig_t config{};
+  configure(kernel, grid, nullptr, "holds_cluster", &cluster, &config);
+  int clusters = 0;
+  check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "holds_cluster");
+  return clusters > 0;
+}
 
 inline void poison(void*, int64_t) {}  // what is allocated stays as it is; the host fills it
 
-// ---- where a thread is
-// -----------------------------------------------------------------------------
+// ---- where a thread is ----
 
 RK_D int thread_index() { return threadIdx.x; }
 RK_D int block_size() { return blockDim.x; }
@@ -89,8 +114,7 @@ RK_D unsigned char* shared_memory() {
   return rk_shared;
 }
 
-// ---- barriers, and what threads tell each other
-// ----------------------------------------------------
+// ---- barriers, and what threads tell each other ----
 
 RK_D void sync_block() { __syncthreads(); }
 template <class A>
@@ -138,8 +162,7 @@ RK_D T* remote(T* p, int) {
 }
 #endif
 
-// ---- memory
-// ----------------------------------------------------------------------------------------
+// ---- memory ----
 
 // Data that is used once: first to leave the caches.
 RK_D Bytes16 load16(const void* p) {
@@ -172,8 +195,7 @@ RK_D uint32_t funnel_shift(uint32_t low, uint32_t high, int bits) {
   return __funnelshift_r(low, high, bits);
 }
 
-// ---- arithmetic
-// ------------------------------------------------------------------------------------
+// ---- arithmetic ----
 
 // 2^x, in float32 flushed to 0 below the normal range.
 RK_D float exp2_flush(float x) {
@@ -233,8 +255,7 @@ RK_D Bytes16 pack(const double* x, const double*) {
 }  // namespace rlhf_kernels
 #endif
 
-// ---- reductions in a fixed order, from the parts above
-// ------------------------------------------------
+// ---- reductions in a fixed order, from the parts above ----
 
 namespace rlhf_kernels {
 

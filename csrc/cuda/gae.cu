@@ -188,11 +188,8 @@ static std::tuple<Tensor, Tensor> gae(const Tensor& rewards_in, const Tensor& va
   // By the length alone; packed sequences may have any.
   const int64_t warps = offsets ? kThreads / kWarp : ceil_div(a.length, kSteps * kWarp);
   const int threads = kWarp * static_cast<int>(warps < 1 ? 1 : warps < 8 ? warps : 8);
-  const int64_t most = int64_t(1) << 30;
-  const Grid grid{a.total == 0         ? 0
-                  : a.sequences < most ? a.sequences
-                                       : most,
-                  threads, kThreads / kWarp * static_cast<int>(sizeof(Segment<double>))};
+  const Grid grid{a.total == 0 ? 0 : blocks_for(a.sequences, threads), threads,
+                  kThreads / kWarp * static_cast<int>(sizeof(Segment<double>))};
   launch("gae", type == ScalarType::Double ? gae_kernel<double> : gae_kernel<float>, grid,
          on.stream, a);
   return {advantages, returns};

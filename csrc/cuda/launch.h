@@ -65,10 +65,11 @@ inline Tensor on_cpu(const Tensor& x) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks for `items` at `each` a block: no more than one dimension of a grid holds.
-inline int64_t blocks_for(int64_t items, int64_t each) {
-  const int64_t blocks = ceil_div(items, each), most = int64_t(1) << 30;
-  return blocks < most ? blocks : most;
+// Blocks of a persistent grid for so much work: no more than the device holds at a time, as each
+// goes on to what is a grid further.
+inline int64_t blocks_for(int64_t work, int threads) {
+  const int64_t most = int64_t(multiprocessors()) * (2048 / threads);
+  return work < most ? work : most;
 }
 
 }  // namespace rlhf_kernels

@@ -5,8 +5,6 @@
 
 namespace rlhf_kernels {
 
-inline constexpr int kThreads = 256;
-inline constexpr int kTiles = 4;  // tiles a part: 64 KiB of logits where the row has them
 // Blocks a multiprocessor: bounds the registers so that nothing is spilled.
 template <class T>
 inline constexpr int kResident = sizeof(T) == 8 ? 2 : 4;
@@ -49,11 +47,10 @@ __global__ void __launch_bounds__(kThreads) token_logprob_join_kernel(const Toke
   for (int64_t row = block_index() * warps + warp_index(); row < a.rows;
        row += block_count() * warps) {
     const double scale = scale_of<A>(a, row);
-    Softmax s{-INFINITY, 0, 0};
-    for (int64_t i = row * a.parts; i < (row + 1) * a.parts; ++i) {
-      const A* partial = static_cast<const A*>(a.partial) + i * 3;
-      s = merge(s, in_nats(Sums<A>{partial[0], partial[1], partial[2]}), scale);
-    }
+    const A* partial = static_cast<const A*>(a.partial) + row * a.parts * 3;
+    const Softmax s = join_parts<A>(a.parts, scale, [&](int64_t i) {
+      return Sums<A>{partial[3 * i], partial[3 * i + 1], partial[3 * i + 2]};
+    });
     write_row<T>(a, row, row_used(a, row), s);
   }
 }
@@ -73,7 +70,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     const int64_t lead = skew_of(grad.at) / static_cast<int>(sizeof(T));
     const int64_t begin = work % a.parts * a.part - lead;
     const int64_t end = begin + a.part < a.vocab ? begin + a.part : a.vocab;
-    const Upstream<A> u = Upstream<A>::of(a, row);
+    Upstream<A> u = Upstream<A>::of(a, row);
+    if (u.used) read_statistics(a, row, u);
     const int64_t* tokens = a.tokens + row * a.per_row;
     A* targets = static_cast<A*>(a.scratch) + row * a.per_row;
     const auto mine = [&](int64_t token) {
@@ -125,19 +123,15 @@ TokenLogprobArgs token_logprob_args(const Tensor& logits, const Tensor& tokens,
   return a;
 }
 
-// The threads of a block for `columns` columns of T, and the parts that a row is cut into.
 template <class T>
-static Grid cut(TokenLogprobArgs& a, int64_t columns) {
-  const int64_t warps = ceil_div(columns, kHeld * kLanes<T> * kWarp);
-  const int threads = kWarp * static_cast<int>(warps < 1 ? 1 : warps < 8 ? warps : 8);
-  a.part = int64_t(threads) * kHeld * kLanes<T> * kTiles;
-  a.parts = columns > a.part ? ceil_div(columns, a.part) : 1;
-  return {blocks_for(a.rows * a.parts, 1), threads, kWarp * static_cast<int>(sizeof(double))};
+static Grid grid_of(TokenLogprobArgs& a, int64_t columns) {
+  const int threads = cut<T>(a, columns);
+  return {blocks_for(a.rows * a.parts, threads), threads, kWarp * static_cast<int>(sizeof(double))};
 }
 
 template <class T>
 static void run_forward(TokenLogprobArgs a, const Tensor& logits, ScalarType type, void* stream) {
-  const Grid grid = cut<T>(a, a.vocab);
+  const Grid grid = grid_of<T>(a, a.vocab);
   const Tensor partial = device_empty(logits, {a.parts > 1 ? a.rows * a.parts * 3 : 0}, type);
   a.partial = partial.mutable_data_ptr();
   launch("token_logprob_fwd",
@@ -145,12 +139,12 @@ static void run_forward(TokenLogprobArgs a, const Tensor& logits, ScalarType typ
          stream, a);
   if (a.parts == 1) return;
   launch("token_logprob_fwd", token_logprob_join_kernel<T>,
-         Grid{blocks_for(a.rows, kThreads / kWarp), kThreads}, stream, a);
+         Grid{blocks_for(ceil_div(a.rows, kThreads / kWarp), kThreads), kThreads}, stream, a);
 }
 
 template <class T>
 static void run_backward(TokenLogprobArgs a, void* stream) {
-  const Grid grid = cut<T>(a, a.vocab + kLanes<T> - 1);  // with the columns before a boundary
+  const Grid grid = grid_of<T>(a, a.vocab + kLanes<T> - 1);  // with the columns before a boundary
   launch("token_logprob_bwd",
          a.grad_entropy ? token_logprob_bwd_kernel<T, true> : token_logprob_bwd_kernel<T, false>,
          grid, stream, a);

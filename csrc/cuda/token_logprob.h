@@ -29,7 +29,9 @@ struct TokenLogprobArgs {
   void* scratch;  // (rows, per_row): the targets' gradients
 };
 
-inline constexpr int kHeld = 4;  // vectors a thread holds: loads in flight, elements a maximum
+inline constexpr int kThreads = 256;  // of a block, at most
+inline constexpr int kHeld = 4;       // vectors a thread holds: loads in flight, elements a maximum
+inline constexpr int kTiles = 4;      // tiles a part: 64 KiB of logits where the row has them
 inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // 2^x is 0 below: bounds exponents that are multiplied by it.
 inline constexpr double kNothing = -2000;
@@ -46,15 +48,6 @@ RK_D void raise(Sums<A>& s, A to, A scale) {
   const A d = s.max == -INFINITY ? A(0) : at_least((s.max - to) * scale, kNothing);
   const A factor = exp2_flush(d);
   s = {to, s.sum * factor, (s.dot + d * s.sum) * factor};
-}
-
-// The sums of both.
-template <class A>
-RK_D Sums<A> together(Sums<A> a, Sums<A> b, A scale) {
-  const A top = larger(a.max, b.max);
-  raise(a, top, scale);
-  raise(b, top, scale);
-  return {top, a.sum + b.sum, a.dot + b.dot};
 }
 
 // The sums of a block from those of its threads. scratch: kWarp elements of shared memory.
@@ -93,6 +86,15 @@ RK_D void add_tile(const A (&z)[kHeld][kCount], A scale, Sums<A>& s) {
 template <class A>
 RK_D Softmax in_nats(const Sums<A>& s) {
   return {double(s.max), double(s.sum), double(s.dot) * kLn2};
+}
+
+// The sums of a row from those of its parts, in order; part(i): the sums of part i.
+template <class A, class Part>
+RK_D Softmax join_parts(int64_t parts, double scale, const Part& part) {
+  if (parts == 1) return in_nats<A>(part(0));
+  Softmax s{-INFINITY, 0, 0};
+  for (int64_t i = 0; i < parts; ++i) s = merge(s, in_nats<A>(part(i)), scale);
+  return s;
 }
 
 RK_D bool in_vocab(const TokenLogprobArgs& a, int64_t token) {
@@ -163,11 +165,15 @@ struct Upstream {
       u.grad_entropy = static_cast<const A*>(a.grad_entropy)[row];
       u.entropy = static_cast<const A*>(a.entropy)[row];
     }
-    u.max = static_cast<const A*>(a.row_max)[row];
-    u.log_sum = static_cast<const A*>(a.log_sum)[row];
     return u;
   }
 };
+
+template <class A>
+RK_D void read_statistics(const TokenLogprobArgs& a, int64_t row, Upstream<A>& u) {
+  u.max = static_cast<const A*>(a.row_max)[row];
+  u.log_sum = static_cast<const A*>(a.log_sum)[row];
+}
 
 // The upstream gradient of a token, which may be scored more than once in its row.
 template <class A>
@@ -182,7 +188,7 @@ RK_D double own_upstream(const TokenLogprobArgs& a, int64_t row, int64_t token) 
 template <class A>
 RK_D A target_of(double own, double z, const Upstream<A>& u) {
   const double log_p = (z - u.max) * u.scale - u.log_sum;
-  return z == -INFINITY
+  return z == -INFINITY && u.max != -INFINITY
              ? A(0)
              : A(target_gradient(log_p, own, u.total, u.grad_entropy, u.entropy) * u.scale);
 }
@@ -200,6 +206,17 @@ RK_D void gradients(A (&z)[kCount], const Upstream<A>& u) {
 }
 
 // ---- launchers (token_logprob.cu) ----
+
+// The threads of a block for `columns` columns of T, and the parts that a row is cut into: the same
+// for all kernels that sum up a row, so that all get the same bits.
+template <class T>
+int cut(TokenLogprobArgs& a, int64_t columns) {
+  const int64_t warps = ceil_div(columns, kHeld * kLanes<T> * kWarp);
+  const int threads = kWarp * static_cast<int>(warps < 1 ? 1 : warps < 8 ? warps : 8);
+  a.part = int64_t(threads) * kHeld * kLanes<T> * kTiles;
+  a.parts = columns > a.part ? ceil_div(columns, a.part) : 1;
+  return threads;
+}
 
 // The arguments that all share. The tensors must outlive the struct.
 TokenLogprobArgs token_logprob_args(const Tensor& logits, const Tensor& tokens,

@@ -7,18 +7,17 @@
 
 namespace rlhf_kernels {
 
-inline constexpr int kThreads = 256;
-inline constexpr int kScratch = 512;  // bytes of shared memory before the logits
-inline constexpr int kMargin = 16;    // before and after them: what 16-byte accesses reach
-// A block's share of a row: with no more than this, several blocks share a multiprocessor, and
-// while one copies another computes. Measure before it is changed.
-inline constexpr int kShare = 48 * 1024;
+inline constexpr int kScratch = 1024;  // bytes of shared memory before the logits
+inline constexpr int kSlots = 8;       // parts of a block whose sums have room there
+inline constexpr int kMargin = 16;     // before and after them: what 16-byte accesses reach
+// Blocks a multiprocessor, as 64 KiB of shared memory each allow: while one copies, others compute.
 template <class T>
-inline constexpr int kResident = sizeof(T) == 8 ? 2 : 4;
+inline constexpr int kResident = sizeof(T) == 8 ? 2 : 3;
 
 struct TokenLogprobAndGradArgs : TokenLogprobArgs {
   const void *old_logprob, *advantages;  // (rows) in the accumulation dtype, or null: no surrogate
   double low, high, dual;
+  int64_t each;       // parts of a row that a block holds
   void* coefficient;  // (rows): the upstream gradients, for the way with two reads
 };
 
@@ -69,26 +68,23 @@ RK_D void load_held(const T* held, int64_t count, int64_t first,
     if (first + i < 0 || first + i >= count) out[i] = -INFINITY;
 }
 
-// The sums of the row from those of the cluster's blocks, in order. slot: in shared memory, not
-// touched again before the next barrier of the cluster.
-template <class A>
-RK_D Sums<A> join_cluster(const Sums<A>& own, A scale, Sums<A>* slot) {
-  if (thread_index() == 0) *slot = own;
-  sync_cluster();
-  Sums<A> s = *remote(slot, 0);
-  for (int rank = 1; rank < cluster_size(); ++rank) s = together(s, *remote(slot, rank), scale);
-  return s;
-}
+// What one warp of each block makes of the parts' sums, for all of its threads.
+struct Found {
+  Softmax sums;
+  double log_sum;
+};
 
-// A cluster a row, a part of it a block.
+// A cluster a row; `each` parts of it a block, in order, as token_logprob_fwd_kernel sums them up.
 template <class T, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, kResident<T>)
     token_logprob_and_grad_kernel(const TokenLogprobAndGradArgs a) {
   using A = typename Compute<T>::Scalar;
   A* scratch = reinterpret_cast<A*>(shared_memory());
-  Sums<A>* slot = reinterpret_cast<Sums<A>*>(scratch + kWarp);
-  const int64_t begin = cluster_rank() * a.part, step = block_size() * kLanes<T>;
-  const int64_t count = begin + a.part < a.vocab ? a.part : a.vocab - begin;
+  Sums<A>* slots = reinterpret_cast<Sums<A>*>(scratch + kWarp);
+  Found* found = reinterpret_cast<Found*>(shared_memory() + kScratch - sizeof(Found));
+  const int64_t begin = cluster_rank() * a.each * a.part, step = block_size() * kLanes<T>;
+  const int64_t share = a.each * a.part;
+  const int64_t count = begin + share < a.vocab ? share : a.vocab - begin;
   for (int64_t row = block_index() / cluster_size(); row < a.rows;
        row += block_count() / cluster_size()) {
     const Row<const T> z{static_cast<const T*>(a.logits) + row_offset(a.logit_rows, row), a.vocab};
@@ -97,7 +93,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     const int64_t* tokens = a.tokens + row * a.per_row;
     A* logprob = static_cast<A*>(a.logprob) + row * a.per_row;
     Upstream<A> u = Upstream<A>::of(a, row);
-    Sums<A> s{A(0), A(1), A(0)};
     const T* held = nullptr;
     // The surrogate's token, before any block puts the gradient in its place.
     const bool surrogate = a.advantages != nullptr && u.used && in_vocab(a, tokens[0]);
@@ -107,22 +102,33 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
       copy_wait<0>();
       sync_block();
       const A scale = A(u.scale * kLog2E);
-      s = {};
-      for (int64_t at = 0; at < count; at += step * kHeld) {
-        A x[kHeld][kLanes<T>];
+      for (int64_t i = 0; i < a.each && i * a.part < count; ++i) {
+        Sums<A> s;
+        const int64_t end = (i + 1) * a.part < count ? (i + 1) * a.part : count;
+        for (int64_t at = i * a.part; at < end; at += step * kHeld) {
+          A x[kHeld][kLanes<T>];
 #pragma unroll
-        for (int j = 0; j < kHeld; ++j)
-          load_held(held, count, at + thread_index() * kLanes<T> + j * step, x[j]);
-        add_tile<kEntropy>(x, scale, s);
+          for (int j = 0; j < kHeld; ++j)
+            load_held(held, count, at + thread_index() * kLanes<T> + j * step, x[j]);
+          add_tile<kEntropy>(x, scale, s);
+        }
+        reduce_block<kEntropy>(s, scale, scratch);
+        if (thread_index() == 0) slots[i] = s;
       }
-      reduce_block<kEntropy>(s, scale, scratch);
-      s = join_cluster(s, scale, slot);
-      u.max = s.max;
+      sync_cluster();
+      if (warp_index() == 0) {
+        const Softmax sums = join_parts<A>(a.parts, u.scale, [&](int64_t i) {
+          return *remote(slots + i % a.each, static_cast<int>(i / a.each));
+        });
+        if (lane_index() == 0) *found = {sums, ::log(sums.sum)};
+      }
+      sync_block();
     }
-    const Softmax sums = in_nats(s);
-    const double log_sum = ::log(sums.sum);
+    const Softmax sums = u.used ? found->sums : Softmax{0, 1, 0};
+    const double log_sum = u.used ? found->log_sum : 0;
+    u.max = sums.max;
     u.log_sum = A(log_sum);
-    if (surrogate)
+    if (surrogate && u.total != 0)  // a weight of 0 is a choice: no 0 * inf
       u.total *= slope_of(a, row, logprob_of<A>(a, tokens[0], target, u.max, u.scale, log_sum));
     for (int64_t at = -lead + thread_index() * kLanes<T>; at < count; at += step) {
       A x[kLanes<T>] = {};
@@ -160,38 +166,31 @@ __global__ void surrogate_kernel(const TokenLogprobAndGradArgs a) {
   for (int64_t row = block_index() * block_size() + thread_index(); row < a.rows;
        row += block_count() * block_size()) {
     const bool scored = a.tokens[row] != a.ignore_index && in_vocab(a, a.tokens[row]);
-    const double slope = scored ? slope_of(a, row, static_cast<const A*>(a.logprob)[row]) : A(0);
-    static_cast<A*>(a.coefficient)[row] = A(scored ? upstream_of<A>(a, row) * slope : 0);
+    const double weight = scored ? upstream_of<A>(a, row) : 0;
+    const double slope =
+        weight != 0 ? slope_of(a, row, static_cast<const A*>(a.logprob)[row]) : A(0);
+    static_cast<A*>(a.coefficient)[row] = A(weight * slope);
   }
 }
 
 // ---- launchers ----
 
-// How a row is spread over a cluster; no blocks where it does not fit.
-template <class T>
-static Grid spread(TokenLogprobArgs& a) {
-  const int64_t most = most_shared_bytes() - kScratch - 4 * kMargin;
-  int cluster = 1;
-  const auto share = [&] {
-    a.part = ceil_div(ceil_div(a.vocab, cluster), kLanes<T>) * kLanes<T>;
-    return a.part * static_cast<int64_t>(sizeof(T));
-  };
-  while (share() > kShare && cluster < most_blocks_in_cluster()) cluster *= 2;
-  const bool fits = share() <= most && a.part * (cluster - 1) < a.vocab;
-  const int64_t rows = a.rows < int64_t(1) << 27 ? a.rows : int64_t(1) << 27;
-  const int bytes = static_cast<int>(share()) + kScratch + 4 * kMargin;
-  return {fits ? rows * cluster : 0, kThreads, bytes, cluster};
-}
-
 // false: a row does not fit.
 template <class T>
 static bool run_one_read(TokenLogprobAndGradArgs a, void* stream) {
-  const Grid grid = spread<T>(a);
-  if (grid.blocks == 0) return a.rows == 0;
-  launch(
-      "token_logprob_and_grad",
-      a.entropy ? token_logprob_and_grad_kernel<T, true> : token_logprob_and_grad_kernel<T, false>,
-      grid, stream, a);
+  const auto kernel =
+      a.entropy ? token_logprob_and_grad_kernel<T, true> : token_logprob_and_grad_kernel<T, false>;
+  const int threads = cut<T>(a, a.vocab);
+  a.each = ceil_div(a.parts, most_blocks_in_cluster(kernel));
+  const int cluster = static_cast<int>(ceil_div(a.parts, a.each));
+  const int64_t share = a.each * a.part < a.vocab ? a.each * a.part : a.vocab;
+  const int64_t bytes = share * static_cast<int64_t>(sizeof(T)) + kScratch + 4 * kMargin;
+  if (bytes > most_shared_bytes() || a.each > kSlots) return a.rows == 0;
+  const int64_t rows = blocks_for(a.rows, threads * cluster);
+  const Grid grid{(rows > 0 ? rows : a.rows > 0) * cluster, threads, static_cast<int>(bytes),
+                  cluster};
+  if (!holds_cluster(kernel, grid)) return a.rows == 0;
+  launch("token_logprob_and_grad", kernel, grid, stream, a);
   return true;
 }
 
@@ -235,7 +234,7 @@ static LogprobResults into(const Tensor& grad_logits, const Tensor& logits, cons
     a.coefficient = upstream->mutable_data_ptr();
     launch("surrogate",
            type == ScalarType::Double ? surrogate_kernel<double> : surrogate_kernel<float>,
-           Grid{blocks_for(a.rows, kThreads), kThreads}, on.stream, a);
+           Grid{blocks_for(ceil_div(a.rows, kThreads), kThreads), kThreads}, on.stream, a);
   }
   token_logprob_bwd_into(grad_logits, upstream, 1, std::nullopt, logits, tokens, temperature,
                          temperature_value, ignore_index, entropy, row_max, log_sum);

@@ -210,7 +210,15 @@ void launch(const char* name, void (*kernel)(Args), const Grid& grid, void*, con
   }
 }
 
-inline int most_blocks_in_cluster() { return host_device::most_blocks; }
+inline int multiprocessors() { return 1; }  // few: persistent blocks go round
+template <class Args>
+int most_blocks_in_cluster(void (*)(Args)) {
+  return host_device::most_blocks;
+}
+template <class Args>
+bool holds_cluster(void (*)(Args), const Grid&) {
+  return true;
+}
 inline int most_shared_bytes() { return host_device::most_shared; }
 inline void poison(void* p, int64_t bytes) { std::memset(p, host_device::kPoison, bytes); }
 
