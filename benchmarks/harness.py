@@ -45,6 +45,7 @@ def compare(
     *,
     least_bytes: int,
     tolerance: float,
+    floor: Call | None = None,
     prepare: Callable[[Any], Any] = lambda x: x,
     rounds: int = ROUNDS,
 ) -> None:
@@ -56,6 +57,7 @@ def compare(
         peers: name -> the same, as the frameworks do it.
         inputs: several, used in turn.
         least_bytes: the traffic that cannot be avoided: what the bandwidth share is a share of.
+        floor: work that cannot be avoided (bare matrix products), timed beside the others.
         tolerance: largest difference to a peer, relative to the peer's largest value.
         prepare: run before each timed call, untimed (restores what an in-place call overwrote).
         rounds: timed calls of each contestant.
@@ -68,14 +70,15 @@ def compare(
             assert error <= tolerance * scale, f"differs from {name} by {error / scale:.2g}"
 
     order = itertools.cycle(inputs)
-    times: dict[str, list[float]] = {name: [] for name in peers}
+    others = peers if floor is None else {**peers, "floor": floor}
+    times: dict[str, list[float]] = {name: [] for name in others}
     for _ in range(WARMUP):
-        for call in (*peers.values(), ours):
+        for call in (*others.values(), ours):
             call(prepare(next(order)))
 
     def peers_first():
         x = next(order)
-        for name, peer in peers.items():
+        for name, peer in others.items():
             y = prepare(x)
             start = time.perf_counter()
             peer(y)
@@ -84,8 +87,11 @@ def compare(
 
     benchmark.pedantic(ours, setup=peers_first, rounds=rounds, iterations=1)
     medians = {name: statistics.median(t) for name, t in times.items()}
+    bare = medians.pop("floor", None)
     best = min(medians, key=medians.__getitem__)
     own = benchmark.stats.stats.median
+    if bare is not None:
+        benchmark.extra_info.update(floor_ms=1e3 * bare, over_floor=own / bare)
     benchmark.extra_info.update(
         peers_ms={name: 1e3 * t for name, t in medians.items()},
         best_peer=best,

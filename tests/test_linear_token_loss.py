@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from compare import assert_close_to_truth
 from rlhf_kernels import linear_logprob, linear_token_loss, policy_loss
+from rlhf_kernels.backend import why_not
 from test_linear_logprob import inputs
 
 
@@ -164,3 +169,35 @@ def test_bad_loss_functions_are_named(device, backend):
         call(lambda logprob, entropy, x: (logprob.sum(), None), x=x)
     with pytest.raises(ValueError, match=r"per_token\['entropy'\]: the name is taken"):
         call(lambda **kwargs: None, entropy=tokens)
+
+
+MEMORY = """
+import re, torch
+from rlhf_kernels import linear_token_loss
+
+def peak(what):
+    with open("/proc/self/status") as file:
+        return int(re.search(what + r":\\s+(\\d+) kB", file.read())[1]) << 10
+
+hidden = torch.randn(4096, 64, requires_grad=True)
+weight = torch.randn(64000, 64, requires_grad=True)
+tokens = torch.randint(64000, (4096,))
+def loss_fn(logprob, entropy):
+    return -logprob.sum(), None
+linear_token_loss(hidden[:8], weight, tokens[:8], loss_fn)[0].backward()  # libraries' own buffers
+hidden.grad = weight.grad = None
+before = peak("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts anew
+linear_token_loss(hidden, weight, tokens, loss_fn)[0].backward()
+print(peak("VmHWM") - before)
+"""
+
+
+def test_memory_is_a_chunk_of_logits():
+    """4096 x 64 x 64000: 1 GiB of float32 logits; 128 MiB of them, and the gradients, exist."""
+    if not Path("/proc/self/clear_refs").exists() or why_not("linear_token_loss", "cpu"):
+        pytest.skip("needs Linux, and the compiled kernels")
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 260 << 20
