@@ -1,10 +1,12 @@
 """What gpu_gate.py times: every operator at the sizes that matter, and the formulas of trainers.
 
-Most important first: what does not fit into the time budget is the end of the list.
+Every operator once, then their other modes and shapes, the most important first: what does not fit
+into the time budget is the end of the list.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +25,7 @@ import bench_policy_loss
 import bench_ranking_reward_loss
 import bench_token_logprob
 import bench_value_loss
+from rlhf_kernels import ClippedSurrogate
 from rlhf_kernels.opspec import Inputs, OpSpec, total_bytes
 from rlhf_kernels.specs import SPECS
 
@@ -66,7 +69,7 @@ class Case:
         least_bytes: the traffic of what is timed that cannot be avoided.
         leaves: the arguments whose gradients are taken; of the first output, weighted by random
             numbers in the shape of the argument ``upstream`` (None: a scalar, weighted by 1).
-        options: further arguments, for our backends alone.
+        options: further arguments, for our backends alone. In place each call has its own logits.
         output: picks what is compared from what the operator returns; from the formula's likewise.
         sampled: the reference checks some rows: in float64 all would not fit into memory.
         reference: the specification, where the operator's own reference is too large.
@@ -159,6 +162,44 @@ def token_logprob_cases(rows: int, vocab: int, dtype: torch.dtype, name: str) ->
             **gradient,
         ),
     }
+
+
+def surrogate_gradient(
+    logits: Tensor, tokens: Tensor, surrogate: ClippedSurrogate
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities, and the gradient of the sum of the clipped surrogate."""
+    log_p = bench_token_logprob.log_softmax(logits, -1, dtype=torch.float32)
+    index, advantages = tokens.unsqueeze(-1), surrogate.advantages
+    logprob = log_p.gather(-1, index).squeeze(-1)
+    ratio = (logprob - surrogate.old_logprob).exp()
+    clipped = torch.where(advantages > 0, ratio > 1.2, ratio < 0.8)
+    slope = torch.where(clipped, 0.0, -advantages * ratio).unsqueeze(-1)
+    return logprob, (-slope * log_p.exp()).scatter_add(-1, index, slope).to(logits.dtype)
+
+
+def surrogate_case(rows: int, vocab: int) -> Case:
+    plain = logits_inputs(rows, vocab, torch.bfloat16, "logits")
+
+    def make(draw: Draw) -> Inputs:
+        inputs = plain(draw)
+        logits, tokens = inputs["logits"], inputs["tokens"]
+        # Of normal logits of deviation 2 the log-sum-exp is near log V + 2: ratios near 1.
+        target = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float()
+        noise, advantages = (draw.normal(len(tokens), scale=scale) for scale in (0.2, 1.0))
+        old = target - math.log(logits.shape[-1]) - 2 + noise
+        return {**inputs, "surrogate": ClippedSurrogate(old, advantages)}
+
+    return Case(
+        name=f"token_logprob_and_grad surrogate, in place {rows} x {vocab} bf16",
+        op="token_logprob_and_grad",
+        mode="forward",
+        inputs=make,
+        plain={"formula": surrogate_gradient},
+        least_bytes=SPEC["token_logprob_and_grad"].bytes_forward,
+        options={"inplace": True},
+        output=lambda result: (result[0], result[-1]),
+        sampled=True,
+    )
 
 
 def logprob_kl_cases(rows: int, vocab: int) -> Iterator[Case]:
@@ -377,12 +418,13 @@ def all_cases(dry: bool = False) -> list[Case]:
         token_logprob_cases(4096, 151936, torch.float32, "fp32"),
     ]
     others = others[-1:] if dry else others  # shapes alone make no difference there
-    cases = [main["forward"], main["backward"], main["both"]]
-    cases += [*token_loss_cases(8192, 2048), main["entropy"], main["inplace"]]
-    cases += [gae_case(8192, 2048, "forward"), gae_case(512, 1024, "graph")]
-    cases += logprob_kl_cases(4096, 151936)
+    kl_forward, kl_backward = logprob_kl_cases(4096, 151936)
+    cases = [main["forward"], surrogate_case(8192, 151936), gae_case(8192, 2048, "forward")]
+    cases += [*token_loss_cases(8192, 2048), kl_forward]
+    cases += [*masked_cases(8192, 2048), *small_cases(512, 2048), ranking_case(4096, 16)]
+    cases += [main["both"], main["backward"], gae_case(512, 1024, "graph")]
+    cases += [main["entropy"], main["inplace"], kl_backward]
     cases += [other[what] for what in ("forward", "backward") for other in others]
-    cases += [*masked_cases(8192, 2048), *small_cases(512, 2048)]
-    cases += [ranking_case(4096, 16), ranking_case(64, 1024), gae_case(512, 1024, "forward")]
+    cases += [ranking_case(64, 1024), gae_case(512, 1024, "forward")]
     cases += [other[what] for what in ("both", "entropy", "inplace") for other in others]
     return cases

@@ -25,7 +25,7 @@ from torch import Tensor
 from gpu_cases import SPEC, Case, Draw, all_cases
 from rlhf_kernels import build_info, token_logprob_and_grad
 from rlhf_kernels.backend import why_not
-from rlhf_kernels.opspec import Inputs, in_float64, outputs, total_bytes
+from rlhf_kernels.opspec import Inputs, in_float64, map_tensors, outputs, total_bytes
 
 CASE_SECONDS = 1.0  # of timed rounds
 NEEDED = 12.0  # seconds that a case is expected to take, compilation included
@@ -197,7 +197,8 @@ def contestants(case: Case, backends: Sequence[str], compiler: str) -> tuple[lis
         def ours(backend: str = backend, **inputs: Any) -> Any:
             return function(**inputs, **case.options, backend=backend)
 
-        found.append(Contestant(backend, ours, True, "inplace_backward" in case.options))
+        inplace = any(name.startswith("inplace") for name in case.options)
+        found.append(Contestant(backend, ours, True, inplace))
     for backend in backends if case.one_call else ():
         name = f"{backend}, in one call"
         if reason := why_not(case.one_call, backend):
@@ -219,6 +220,12 @@ def leaves_of(case: Case, x: Inputs, inplace: bool = False) -> dict[str, Tensor]
     return {name: leaf.clone() for name, leaf in leaves.items()} if inplace else leaves
 
 
+def inputs_of(contestant: Contestant, data: Set) -> Inputs:
+    """Of a call without gradients; in place: with logits that may be overwritten."""
+    x = data.inputs
+    return {**x, "logits": x["logits"].clone()} if contestant.inplace else x
+
+
 def forward(case: Case, function: Callable[..., Any], x: Inputs) -> list[Tensor]:
     return outputs(case.output(function(**x)))
 
@@ -233,7 +240,7 @@ def results(case: Case, contestant: Contestant, data: Set) -> list[Tensor]:
         return list(contestant.function(**data.inputs, upstream=data.upstream))
     if not case.leaves:
         with torch.no_grad():
-            return forward(case, contestant.function, data.inputs)
+            return forward(case, contestant.function, inputs_of(contestant, data))
     leaves = leaves_of(case, data.inputs, contestant.inplace)
     out = forward(case, contestant.function, {**data.inputs, **leaves})
     return [x.detach() for x in out] + gradients(out[0], leaves, data.upstream)
@@ -280,8 +287,9 @@ def sample(
             return machine.time(lambda: fused_call(data))
         if case.mode != "forward":
             return gradient(data)
+        x = inputs_of(contestant, data)
         with torch.no_grad():
-            return machine.time(lambda: plain_call(data))
+            return machine.time(lambda: contestant.function(**x))
 
     return timed
 
@@ -290,7 +298,11 @@ def peak(machine: Cpu, case: Case, contestant: Contestant, data: Set) -> int:
     """Of forward and backward together where gradients are taken, results included."""
     if not contestant.inplace:
         return machine.peak(lambda: results(case, contestant, data))
-    leaves = leaves_of(case, data.inputs, True)  # stands for what a model returned: not counted
+    # The logits stand for what a model returned: not counted.
+    if not case.leaves:
+        x = inputs_of(contestant, data)
+        return machine.peak(lambda: contestant.function(**x))
+    leaves = leaves_of(case, data.inputs, True)
     x = {**data.inputs, **leaves}
     return machine.peak(
         lambda: gradients(forward(case, contestant.function, x)[0], leaves, data.upstream)
@@ -311,9 +323,8 @@ class Check:
             tokens = data.inputs["tokens"]
             rows = torch.linspace(0, len(tokens) - 1, min(len(tokens), ROWS))
             self.rows = rows.long().to(tokens.device)
-            data = Set(
-                {name: self._some(x) for name, x in data.inputs.items()}, self._some(data.upstream)
-            )
+            upstream = None if data.upstream is None else self._some(data.upstream)
+            data = Set(map_tensors(data.inputs, self._some), upstream)
         upstream = None if data.upstream is None else data.upstream.double()
         exact = Set(in_float64(data.inputs), upstream)
         self.truth = results(case, specification, exact)
@@ -324,8 +335,8 @@ class Check:
         low = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors_of(data.inputs))
         self.peers = 2e-2 if low else 1e-4
 
-    def _some(self, x: Any) -> Any:
-        return x[self.rows] if isinstance(x, Tensor) else x
+    def _some(self, x: Tensor) -> Tensor:
+        return x[self.rows]
 
     @staticmethod
     def error(got: Tensor, truth: Tensor) -> float:

@@ -382,7 +382,7 @@ def test_one_read_row_alone_has_the_same_bits(machine):
         assert torch.equal(a, b[-1:])
 
 
-def test_one_read_ignored_and_wrong_tokens(machine):
+def test_one_read_ignored_and_wrong_tokens(machine, monkeypatch):
     logits = torch.randn(4, 70, generator=torch.Generator().manual_seed(0))
     logits[0] = torch.nan
     tokens = torch.tensor([[-100, -100], [3, -100], [70, 5], [-1, -1]])
@@ -399,6 +399,9 @@ def test_one_read_ignored_and_wrong_tokens(machine):
         torch.testing.assert_close(entropy[1:3], truth[1][1:3])
         torch.testing.assert_close(grad[1:3], truth[-1][1:3])
         assert entropy[3].isfinite()
+    monkeypatch.setenv("RLHF_KERNELS_CHECK", "1")
+    with pytest.raises(IndexError, match=r"in \[0, 70\) .* got 70 at position \(2, 0\)"):
+        one_read(logits, tokens)
 
 
 def test_one_read_surrogate_where_no_token_is_scored(machine):

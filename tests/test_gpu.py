@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, streams, several devices, tensors beyond 2^31 elements."""
+"""What only a GPU shows: graphs, streams, several devices, clusters, more than 2^31 elements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 from compare import assert_close_to_truth
 from rlhf_kernels.backend import INTERPRETING, why_not
-from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, map_tensors, outputs
+from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, in_float64, map_tensors, outputs
 from rlhf_kernels.specs import SPECS
 from test_ops import each_op
 
@@ -198,6 +198,49 @@ def test_twenty_runs_give_the_same_bits(spec, dtype, backend):
         poison = [torch.full_like(x, torch.nan) for x in expected if x.is_floating_point()]
         del poison
         assert_same_bits(results(spec, inputs, backend), expected, f"run {run}")
+
+
+# ---- Rows of a cluster ----------------------------------------------------------------------
+
+# Where a GPU has clusters, a row takes one of several blocks; the last is too large for any.
+LONG_ROWS = [
+    (40001, torch.bfloat16),
+    (40001, torch.float32),
+    (151936, torch.bfloat16),
+    (151936, torch.float32),
+    (700001, torch.float32),
+]
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["beside", "inplace"])
+@pytest.mark.parametrize("kind", ["weight", "surrogate", "many tokens"])
+@pytest.mark.parametrize(("vocab", "dtype"), LONG_ROWS, ids=lambda x: str(x).removeprefix("torch."))
+def test_long_rows_in_one_call(vocab, dtype, kind, inplace, backend):
+    """Against float64. Rows begin on odd addresses; nothing is written beside them."""
+    generator = torch.Generator("cuda").manual_seed(vocab)
+    wide = torch.full((3, vocab + 5), torch.nan, dtype=dtype, device="cuda")
+    logits = wide[:, 1 : vocab + 1]
+    logits.normal_(0.0, 2.0, generator=generator)
+    tokens = torch.randint(vocab, (3, 3), device="cuda", generator=generator)
+    tokens[:, 2], tokens[1, 1] = tokens[:, 0], -100  # scored twice, and not at all
+    weight = torch.linspace(-1.0, 1.5, 9, device="cuda").reshape(3, 3)
+    surrogate = None
+    if kind != "many tokens":
+        tokens, weight = tokens[:, 0], weight[:, 0]
+    if kind == "surrogate":  # at ratios of 0.9, 1.1 and, clipped, 1.5
+        ratio, advantages = torch.tensor([[0.9, 1.1, 1.5], [-1.0, 0.7, 1.0]], device="cuda")
+        old = rk.token_logprob(logits, tokens, temperature=0.8, backend="reference") - ratio.log()
+        surrogate, weight = rk.ClippedSurrogate(old, advantages), weight.abs()
+    options = {"weight": weight, "surrogate": surrogate, "temperature": 0.8, "with_entropy": True}
+    plain, truth = (
+        outputs(rk.token_logprob_and_grad(x, tokens, **given, backend="reference"))
+        for x, given in ((logits, options), (logits.double(), in_float64(options)))
+    )
+    got = rk.token_logprob_and_grad(logits, tokens, **options, inplace=inplace, backend=backend)
+    assert (got.grad_logits.data_ptr() == logits.data_ptr()) == inplace
+    for i, (a, b, t) in enumerate(zip(outputs(got), plain, truth, strict=True)):
+        assert_close_to_truth(a, b, t, 1e-6, f"result {i}")
+    assert wide[:, 0].isnan().all() and wide[:, vocab + 1 :].isnan().all()
 
 
 # ---- More than 2^31 elements ----------------------------------------------------------------

@@ -253,23 +253,28 @@ def test_nonuniform_upstream_layout(device, backend):
 
 
 @pytest.mark.parametrize("value", [300, -1, -101, 2**40, -(2**62)])
-@pytest.mark.parametrize("op", ["token_logprob", "logprob_kl"])
+@pytest.mark.parametrize("op", ["token_logprob", "token_logprob_and_grad", "logprob_kl"])
 def test_out_of_range_label(device, backend, op, value, monkeypatch):
     """14. Uninitialised output for labels outside [0, V). verl's linear cross entropy"""
     tokens = random_tokens(300, 2, 3, device=device)
     tokens[1, 2] = value
     logits = random(2, 3, 300, device=device).requires_grad_()
 
-    def call():
+    def call() -> tuple[list[Tensor], Tensor]:
+        if op == "token_logprob_and_grad":
+            out = rk.token_logprob_and_grad(logits, tokens, backend=backend)
+            return [out.logprob], out.grad_logits
         if op == "token_logprob":
-            return [rk.token_logprob(logits, tokens, backend=backend)]
-        both = rk.logprob_kl(logits, logits.detach(), tokens, backend=backend)
-        return [both.logprob, both.ref_logprob]
+            found = [rk.token_logprob(logits, tokens, backend=backend)]
+        else:
+            both = rk.logprob_kl(logits, logits.detach(), tokens, backend=backend)
+            found = [both.logprob, both.ref_logprob]
+        return found, torch.autograd.grad(found[0].nansum(), logits)[0]
 
     if backend not in ("reference", "cpu") or device == "cuda":  # to look would make a GPU wait
-        for x in call():
+        found, grad = call()
+        for x in found:
             assert x.isnan().nonzero().tolist() == [[1, 2]]
-        (grad,) = torch.autograd.grad(call()[0].nansum(), logits)
         assert not grad[1, 2].any() and grad.isfinite().all()
         monkeypatch.setenv("RLHF_KERNELS_CHECK", "1")
     if backend != "reference" or device == "cpu":

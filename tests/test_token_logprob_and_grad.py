@@ -15,7 +15,7 @@ from rlhf_kernels import (
 )
 
 
-def test_onehot_minus_p(device, backend):
+def test_token_logprob_and_grad_by_hand(device, backend):
     logits = torch.tensor([[0.0, math.log(2.0), math.log(5.0)]], device=device)
     token = torch.tensor([1], device=device)
     out = token_logprob_and_grad(logits, token, with_entropy=True, backend=backend)
@@ -125,7 +125,7 @@ def test_edge_of_the_clip_is_that_of_policy_loss(device, backend):
     assert torch.equal(grad[:, 0] != 0, kept)
 
 
-def test_the_gradient_may_take_the_place_of_the_logits(device, backend):
+def test_gradient_in_place_of_the_logits(device, backend):
     generator = torch.Generator().manual_seed(0)
     leaf = torch.randn(4, 300, generator=generator).to(device).requires_grad_()
     tokens = torch.randint(300, (4,), generator=generator).to(device)
@@ -148,6 +148,56 @@ def test_the_gradient_may_take_the_place_of_the_logits(device, backend):
     twice = torch.zeros(1, 300, device=device).expand(4, 300)
     with pytest.raises(ValueError, match="inplace: expected rows that do not overlap"):
         token_logprob_and_grad(twice, tokens, inplace=True, backend=backend)
+
+
+def clipped(rows, vocab, dtype, device):
+    """Logits, tokens and the clipped surrogate of random rows; most ratios are near 1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(rows, vocab, generator=generator) * 3).to(device, dtype)
+    tokens = torch.randint(vocab, (rows,), generator=generator).to(device)
+    old = token_logprob(logits, tokens, backend="reference")
+    old -= 0.2 * torch.randn(rows, generator=generator).to(device)
+    advantages = torch.randn(rows, generator=generator).to(device)
+    return logits, tokens, ClippedSurrogate(old, advantages)
+
+
+def test_long_row_in_place(device, backend):
+    """40001: a cluster of blocks; the second row begins and ends on an odd address."""
+    logits, tokens, surrogate = clipped(2, 40001, torch.bfloat16, device)
+    options = {"surrogate": surrogate, "with_entropy": True, "backend": backend}
+    beside = token_logprob_and_grad(logits, tokens, **options)
+    plain = token_logprob_and_grad(logits, tokens, **{**options, "backend": "reference"})
+    place = logits.clone()
+    inside = token_logprob_and_grad(place, tokens, **options, inplace=True)
+    assert inside.grad_logits.data_ptr() == place.data_ptr()
+    for a, b, c in zip(inside, beside, plain, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(
+            a, c, rtol=1e-2 if c.dtype == torch.bfloat16 else 1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(5003, torch.float32), (40001, torch.bfloat16)], ids=["fp32", "bf16"]
+)
+def test_token_logprob_and_grad_is_batch_invariant(device, backend, vocab, dtype):
+    """A row has the same bits whatever other rows are in the call."""
+    if backend == "reference":
+        pytest.skip("the reference is batch invariant to rounding only")
+    logits, tokens, surrogate = clipped(37 if vocab < 40001 else 6, vocab, dtype, device)
+
+    def call(part):
+        own = surrogate._replace(
+            old_logprob=surrogate.old_logprob[part], advantages=surrogate.advantages[part]
+        )
+        options = {"surrogate": own, "with_entropy": True, "backend": backend}
+        return token_logprob_and_grad(logits[part], tokens[part], **options)
+
+    rows = len(tokens)
+    whole = call(slice(None))
+    for start, end in ((0, 1), (1, 3), (rows - 1, rows), (3, rows)):
+        for a, b in zip(whole, call(slice(start, end)), strict=True):
+            assert torch.equal(a[start:end], b)
 
 
 def test_bad_arguments_are_named(device, backend):

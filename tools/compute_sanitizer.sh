@@ -48,8 +48,9 @@ END
 failed=()
 for tool in "${tools[@]}"; do
   # All samples of all operators in two dtypes: every vector width but one, and both accumulators.
-  tests=(tests/test_ops.py tests/test_token_logprob.py)
+  tests=(tests/test_ops.py tests/test_token_logprob.py tests/test_token_logprob_and_grad.py)
   select="(test_error_is_at_most and (bfloat16 or float64)) or in_place or inplace or ignored_rows"
+  select+=" or surrogate"
   if [ "$tool" = initcheck ]; then
     # Only dense tensors: a clone of padded rows by PyTorch would count as a read of the gaps.
     tests=(tests)
