@@ -125,7 +125,7 @@ def _run(spec: OpSpec, inputs: dict[str, Any]) -> None:
 
 
 def compile_for(target: str, v: Variant) -> dict[str, Any]:
-    """What the binary uses: registers, bytes of stack, shared memory, and the widest load."""
+    """What the binary uses: registers, stack and shared memory in bytes, and the widest load."""
     source = ASTSource(
         fn=v.kernel,
         signature=dict(v.signature),
@@ -135,7 +135,7 @@ def compile_for(target: str, v: Variant) -> dict[str, Any]:
     options = {"num_warps": v.num_warps, "enable_fp_fusion": False}
     binary = triton.compile(source, target=TARGETS[target], options=options)
     use: dict[str, Any] = {"target": target, "kernel": v.describe()}
-    use["shared"] = binary.metadata.shared
+    use |= {"shared": binary.metadata.shared, "num_warps": v.num_warps}
     if "cubin" in binary.asm:
         use |= _resources(binary.asm["cubin"])
         use["divides_float64"] = "div.rn.f64" in binary.asm["ptx"]
