@@ -1,6 +1,7 @@
 """Exact, fast kernels for RLHF: per-token log-prob and KL, PPO, GAE and reward losses."""
 
 from rlhf_kernels.backend import build_info
+from rlhf_kernels.full_weight import full_weight
 from rlhf_kernels.gae import GAE, gae
 from rlhf_kernels.kl_estimate import kl_estimate
 from rlhf_kernels.kl_shaped_rewards import kl_shaped_rewards
@@ -31,6 +32,7 @@ __all__ = [
     "TokenLogprob",
     "ValueStats",
     "build_info",
+    "full_weight",
     "gae",
     "kl_estimate",
     "kl_shaped_rewards",

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
+from rlhf_kernels.full_weight import full_weight
 from rlhf_kernels.token_logprob import check_range, check_targets
 
 # Bytes that may be used beside the inputs, the outputs and the returned gradients.
 BUDGET = {"cpu": 128 << 20, "cuda": 1280 << 20}
 LEAST_TOKENS = 128  # of a chunk: with fewer a matrix product starves
+LOW = (torch.bfloat16, torch.float16)
 ADDED_ROWS = 4096  # of a product of 16 bits that are added to dW at a time, on the CPU
 _accumulation = checks.accumulation_dtype
 
@@ -70,8 +73,9 @@ def check(
     ignore_index: int,
     chunk_tokens: int | None,
 ) -> tuple[Tensor, Tensor, Head]:
-    """Check the arguments; hidden (N, H), tokens (N,) or (N, K), and the head."""
+    """Check the arguments but ``check_tokens``; hidden (N, H), tokens (N,) or (N, K), the head."""
     checks.floating("hidden", hidden)
+    weight, bias = full_weight(weight), None if bias is None else full_weight(bias)
     checks.floating("weight", weight, hidden.device)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -100,8 +104,6 @@ def check(
     temperature_tensor, temperature_value = check_targets(
         "hidden", hidden, tokens, temperature, ignore_index
     )
-    if not torch.compiler.is_compiling():  # the kernels see chunks: here the place is the caller's
-        check_range(tokens, tokens != ignore_index, weight.shape[0])
     head = Head(
         weight,
         bias,
@@ -115,6 +117,12 @@ def check(
     return rows, tokens.reshape(-1, tokens.shape[-1]) if many else tokens.reshape(-1), head
 
 
+def check_tokens(tokens: Tensor, ignore_index: int, vocab: int) -> None:
+    """On the CPU: tokens are in range. The kernels see chunks: here the place is the caller's."""
+    if not torch.compiler.is_compiling() and not isinstance(tokens, FakeTensor):
+        check_range(tokens, tokens != ignore_index, vocab)
+
+
 def logits_reference(hidden: Tensor, head: Head) -> Tensor:
     """The specification: all logits, but for the temperature."""
     z = torch.nn.functional.linear(hidden, head.weight, head.bias)  # 2 N V H
@@ -122,7 +130,9 @@ def logits_reference(hidden: Tensor, head: Head) -> Tensor:
     return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
 
 
-def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, need_weight: bool) -> int:
+def tokens_of_chunk(
+    hidden: Tensor, head: Head, asked: int | None, need_weight: bool, vocab: int | None = None
+) -> int:
     """Tokens of a chunk: as many as the budget has room for, in chunks of equal size.
 
     Args:
@@ -131,8 +141,10 @@ def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, need_weight: 
         asked: the caller's number, or None.
         need_weight: whether dW is added up. Of several chunks of 16 bits that takes float32, which
             is part of the budget on the CPU.
+        vocab: rows of the weight to plan for; None: of this one.
     """
-    n, (vocab, width) = max(hidden.shape[0], 1), head.weight.shape
+    n, width = max(hidden.shape[0], 1), hidden.shape[1]
+    vocab = head.weight.shape[0] if vocab is None else vocab
     if asked is not None:
         return min(asked, n)
     budget = BUDGET.get(hidden.device.type, BUDGET["cuda"])
@@ -229,9 +241,13 @@ class Sweep:
 
         What was read is x = logprob + log_sum, and the sum's share of it e^x.
         """
-        head, h = self.head, self.hidden[part]
-        if h.dtype not in (torch.bfloat16, torch.float16):
+        if self.hidden.dtype not in LOW:
             return rows.logprob
+        return self.with_target(part, tokens, rows, self.exact_target(part, tokens))
+
+    def exact_target(self, part: slice, tokens: Tensor) -> Tensor:
+        """The target's logit (softcap: its tanh) in float32, (n, K)."""
+        head, h = self.head, self.hidden[part]
         many = tokens.dim() == 2
         index = (tokens if many else tokens.unsqueeze(-1)).clamp(0, head.weight.shape[0] - 1)
         exact = torch.empty(index.shape, dtype=torch.float32, device=h.device)
@@ -240,8 +256,11 @@ class Sweep:
             exact[:, k] = w.mul_(h).sum(-1)
         if head.bias is not None:
             exact += head.bias.float()[index]
-        if head.softcap:
-            exact = torch.tanh(exact * (head.logit_scale / head.softcap))
+        return torch.tanh(exact * (head.logit_scale / head.softcap)) if head.softcap else exact
+
+    def with_target(self, part: slice, tokens: Tensor, rows: Rows, exact: Tensor) -> Tensor:
+        """logprob with ``exact`` (n, K) as the target's logit, also in the sum."""
+        many = tokens.dim() == 2
         temperature, value, ignore_index = self.scaling(part)
         scale = value if temperature is None else temperature.unsqueeze(-1)
         row_max, log_sum = rows.row_max.unsqueeze(-1), rows.log_sum.unsqueeze(-1)
@@ -264,8 +283,7 @@ class Sweep:
     ) -> Tensor:
         """d loss / d (hidden weight^T + bias), in place of the logits."""
         head = self.head
-        saved = (tokens, *self.scaling(part), rows.entropy, rows.row_max, rows.log_sum)
-        self.ops.token_logprob_bwd_(grad_logprob, grad_entropy, z, *saved)
+        self.write_gradient(part, z, tokens, rows, grad_logprob, grad_entropy)
         if self.capped is None:
             return z
         factor = head.logit_scale / head.softcap
@@ -274,6 +292,30 @@ class Sweep:
             slope = few.to(g.dtype).mul_(factor).tanh_().square_().neg_().add_(1).mul_(factor)
             few.copy_(g.mul_(slope))
         return logits
+
+    def write_gradient(
+        self,
+        part: slice,
+        z: Tensor,
+        tokens: Tensor,
+        rows: Rows,
+        grad_logprob: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> None:
+        """The gradient of what ``logits`` made, in its place."""
+        saved = (tokens, *self.scaling(part), rows.entropy, rows.row_max, rows.log_sum)
+        self.ops.token_logprob_bwd_(grad_logprob, grad_entropy, z, *saved)
+
+    def new_gradient(self) -> Tensor:
+        """What ``add_products`` writes dH into."""
+        return torch.empty_like(self.hidden)
+
+    def times_weight(self, g: Tensor, out: Tensor) -> None:
+        torch.mm(g, self.head.weight, out=out)
+
+    def hidden_gradient(self, written: Tensor) -> Tensor:
+        """dH, when all chunks are written."""
+        return written
 
     def add_products(
         self, part: slice, g: Tensor, coefficient: Tensor | None, into: Tensor | None, wanted: bool
@@ -284,7 +326,7 @@ class Sweep:
         """
         h, c = self.hidden[part], coefficient
         if into is not None:
-            torch.mm(g, self.head.weight, out=into[part])
+            self.times_weight(g, into[part])
             if c is not None:
                 into[part].mul_(c.unsqueeze(-1))
         if wanted:

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kernels import backend as _backend
-from rlhf_kernels import checks, linear_chunks
+from rlhf_kernels import checks, linear_chunks, linear_parallel
 from rlhf_kernels.autograd import once_differentiable
-from rlhf_kernels.linear_chunks import Head, Rows, Sweep, take
+from rlhf_kernels.linear_chunks import Head, Rows, take
+from rlhf_kernels.linear_parallel import Shard
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
 from rlhf_kernels.token_logprob import TokenLogprob, token_logprob_reference
 
@@ -31,6 +33,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     with_entropy: bool = False,
+    process_group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     backend: str | None = None,
 ) -> Tensor | TokenLogprob:
@@ -47,7 +50,8 @@ def linear_logprob(
     Args:
         hidden: (..., H) bf16, fp16, fp32 or fp64; differentiable.
         weight: (V, H) in the dtype of ``hidden`` (under autocast both are converted);
-            differentiable. No gradient is computed for what does not require one.
+            differentiable. No gradient is computed for what does not require one. A DTensor (FSDP2)
+            is gathered: see ``full_weight``.
         tokens: (...) int64, or (..., K): K tokens scored per position.
         bias: (V,), differentiable; None: no bias.
         temperature: number > 0, or a tensor broadcastable to ``tokens.shape``. No gradient.
@@ -57,6 +61,13 @@ def linear_logprob(
             To find them waits for the device on CUDA; while a CUDA graph is captured they are
             computed, and then left out.
         with_entropy: return the entropy too; it does not change a bit of the log-probability.
+        process_group: vocabulary parallel: ``weight`` and ``bias`` are this rank's rows, in the
+            order of the ranks (shards may differ in size), ``tokens`` ids of the whole vocabulary.
+            Everything but weight and bias is to be the same on all ranks, and so are the results.
+            Each rank has to run the backward of the same loss: the gradient of hidden is summed
+            over the ranks, those of weight and bias are of this rank's rows. The shards' sizes are
+            exchanged once a call, which waits for the device; no CUDA graph can hold it, and
+            torch.compile breaks its graph here. Not for backend="reference".
         chunk_tokens: tokens whose logits exist at a time; None: what the memory above has room for.
         backend: of the row kernels: reference | cpu | triton | cuda; None chooses (see
             rlhf_kernels.backend). With reference all logits exist.
@@ -81,16 +92,23 @@ def linear_logprob(
         ignore_index,
         chunk_tokens,
     )
+    shard = linear_parallel.shard_of(
+        process_group, hidden, head.weight, tokens, chunk_tokens, with_entropy
+    )
+    linear_chunks.check_tokens(tokens, ignore_index, shard.vocab if shard else head.weight.shape[0])
     chosen = _backend.select(
         "linear_logprob", hidden.device.type, backend, rows.dtype, weight.shape[0]
     )
+    linear_parallel.check_backend(chosen, shard)
     if chosen == "reference":
         scale = head.temperature_value if head.temperature is None else head.temperature
         z = linear_chunks.logits_reference(rows, head)
         logprob, entropy = token_logprob_reference(z, flat, scale, ignore_index)
     else:
-        logprob, entropy = _LinearLogprob.apply(
-            chosen, rows, head.weight, head.bias, flat, *head[2:], chunk_tokens, with_entropy
+        apply = _LinearLogprob.apply if shard is None else _apply_sharded
+        logprob, entropy = apply(
+            *(chosen, shard, rows, head.weight, head.bias, flat, *head[2:]),
+            *(chunk_tokens, with_entropy),
         )
     logprob = logprob.view(tokens.shape)
     if not with_entropy:
@@ -112,13 +130,15 @@ def _forward(
     chunk_tokens: int | None,
     with_entropy: bool,
     backend: str,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index = linear_chunks.used_tokens(tokens, ignore_index)
     h, some = take(hidden, index), take(tokens, index)
     scaling = (temperature_value, logit_scale, softcap, ignore_index)
     head = Head(weight, bias, take(temperature, index), *scaling)
-    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, False)
-    sweep = Sweep(h, head, backend, size)
+    largest = None if shard is None else shard.largest
+    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, False, largest)
+    sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
     full = _empty_results(hidden, tokens, with_entropy)
     results = full if index is None else _empty_results(h, some, with_entropy)
     for part in linear_chunks.chunks(h.shape[0], size):
@@ -161,6 +181,7 @@ def _backward(
     need_hidden: bool,
     need_weight: bool,
     backend: str,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if entropy.numel() == 0:  # not asked for: torch.compile hands over its empty gradient
         grad_entropy = None
@@ -171,8 +192,8 @@ def _backward(
     scaling = (temperature_value, logit_scale, softcap, ignore_index)
     head = Head(weight, bias, take(temperature, index), *scaling)
     size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, need_weight)
-    sweep = Sweep(h, head, backend, size)
-    grad_hidden = torch.empty_like(h) if need_hidden else None
+    sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
+    grad_hidden = sweep.new_gradient() if need_hidden else None
     for part in linear_chunks.chunks(h.shape[0], size):
         z = sweep.logits(part)
         h_part, max_part, sum_part = (x[part] if x.numel() else x for x in statistics)
@@ -180,8 +201,10 @@ def _backward(
         rows = Rows(z, h_part, max_part, sum_part)
         g_logits = sweep.gradient(part, z, some[part], rows, g, g_entropy)
         sweep.add_products(part, g_logits, None, grad_hidden, need_weight)
-    if grad_hidden is not None and index is not None:
-        grad_hidden = torch.zeros_like(hidden).index_copy_(0, index, grad_hidden)
+    if grad_hidden is not None:
+        grad_hidden = sweep.hidden_gradient(grad_hidden)
+        if index is not None:
+            grad_hidden = torch.zeros_like(hidden).index_copy_(0, index, grad_hidden)
     grad_weight, grad_bias = sweep.weight_gradients()
     return (
         hidden.new_empty(0) if grad_hidden is None else grad_hidden,
@@ -232,36 +255,48 @@ _backend.define_composed(
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, hidden, weight, bias, tokens, temperature, *options):
+    def forward(ctx: Any, backend, shard, hidden, weight, bias, tokens, temperature, *options):
         *scaling, chunk_tokens, with_entropy = options
         args = (hidden, weight, bias, tokens, temperature, *scaling, chunk_tokens)
-        logprob, entropy, *saved = torch.ops.rlhf_kernels.linear_logprob_fwd.default(
-            *args, with_entropy, backend
-        )
+        args += (with_entropy, backend)
+        if shard is None:
+            results = torch.ops.rlhf_kernels.linear_logprob_fwd.default(*args)
+        else:  # an operator's schema has no process groups
+            results = _forward(*args, shard)
+        logprob, entropy, *saved = results
         ctx.save_for_backward(hidden, weight, bias, tokens, temperature, entropy, *saved)
         ctx.options = (*scaling, chunk_tokens)
-        ctx.backend = backend
+        ctx.backend, ctx.shard = backend, shard
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob, grad_entropy):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[1:4]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[2:5]
         if grad_logprob is None and grad_entropy is None:
-            return (None,) * 12
+            return (None,) * 13
         *inputs, entropy, row_max, log_sum = ctx.saved_tensors
-        grad_hidden, grad_weight, grad_bias = torch.ops.rlhf_kernels.linear_logprob_bwd.default(
-            *(grad_logprob, grad_entropy, *inputs, *ctx.options, entropy, row_max, log_sum),
-            *(need_hidden, need_weight or need_bias, ctx.backend),
-        )
+        args = (grad_logprob, grad_entropy, *inputs, *ctx.options, entropy, row_max, log_sum)
+        args += (need_hidden, need_weight or need_bias, ctx.backend)
+        if ctx.shard is None:
+            grads = torch.ops.rlhf_kernels.linear_logprob_bwd.default(*args)
+        else:
+            grads = _backward(*args, ctx.shard)
+        grad_hidden, grad_weight, grad_bias = grads
         return (
+            None,
             None,
             grad_hidden if need_hidden else None,
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
             *(None,) * 8,
         )
+
+
+@torch.compiler.disable
+def _apply_sharded(*args: Any) -> Any:
+    return _LinearLogprob.apply(*args)
 
 
 def samples(make: Maker) -> Iterator[Sample]:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kernels import backend as _backend
-from rlhf_kernels import checks, linear_chunks
+from rlhf_kernels import checks, linear_chunks, linear_parallel
 from rlhf_kernels.autograd import once_differentiable
-from rlhf_kernels.linear_chunks import Head, Sweep, take
+from rlhf_kernels.linear_chunks import Head, take
+from rlhf_kernels.linear_parallel import Shard
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
 from rlhf_kernels.token_logprob import token_logprob_reference
 
@@ -35,6 +37,7 @@ def linear_token_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
     with_entropy: bool = False,
+    process_group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Any]:
@@ -56,9 +59,13 @@ def linear_token_loss(
     the logits are made. Where ``loss_fn`` uses no entropy the row is read once: its gradient is
     written as onehot - p, and the loss's coefficients are put on the thin sides of the products.
 
+    With a ``process_group`` ``per_token`` and ``loss_fn`` too are the same on all ranks: each of
+    them computes the whole loss and the same statistics, which are not to be added over the group.
+
     Args:
-        hidden, weight, tokens, bias, temperature, logit_scale, softcap, ignore_index, chunk_tokens,
-            backend: as for ``linear_logprob``; tokens (...), one a position.
+        hidden, weight, tokens, bias, temperature, logit_scale, softcap, ignore_index,
+            process_group, chunk_tokens, backend: as for ``linear_logprob``; tokens (...), one a
+            position.
         loss_fn: called as loss_fn(logprob=, entropy=, **chunk of each per_token tensor); returns
             (0-d tensor, statistics). logprob is float32 (float64 for float64 inputs) and requires a
             gradient; entropy is None unless ``with_entropy``. Statistics: None, a dict of what can
@@ -93,16 +100,21 @@ def linear_token_loss(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function, got {type(loss_fn).__name__}")
     vectors = _check_per_token(per_token, tokens)
+    shard = linear_parallel.shard_of(
+        process_group, hidden, head.weight, tokens, chunk_tokens, with_entropy
+    )
+    linear_chunks.check_tokens(tokens, ignore_index, shard.vocab if shard else head.weight.shape[0])
     chosen = _backend.select(
         "linear_token_loss", hidden.device.type, backend, rows.dtype, weight.shape[0]
     )
+    linear_parallel.check_backend(chosen, shard)
     if chosen == "reference":
         scale = head.temperature_value if head.temperature is None else head.temperature
         z = linear_chunks.logits_reference(rows, head)
         logprob, entropy = token_logprob_reference(z, flat, scale, ignore_index)
         loss, stats = _call(loss_fn, logprob, entropy if with_entropy else None, vectors)
         return loss, _added(None, stats)
-    return _run(chosen, rows, flat, head, loss_fn, vectors, with_entropy, chunk_tokens)
+    return _run(chosen, rows, flat, head, loss_fn, vectors, with_entropy, chunk_tokens, shard)
 
 
 def _check_per_token(per_token: Any, tokens: Tensor) -> dict[str, Tensor]:
@@ -145,13 +157,14 @@ def _run(
     vectors: dict[str, Tensor],
     with_entropy: bool,
     chunk_tokens: int | None,
+    shard: Shard | None,
 ) -> tuple[Tensor, Any]:
     found: list[Any] = []  # the statistics, beside autograd
 
     def sweep(need_hidden: bool, need_weight: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         loss, stats, grads = _sweep(
             *(backend, hidden.detach(), tokens, head, loss_fn, vectors, with_entropy),
-            *(chunk_tokens, need_hidden, need_weight),
+            *(chunk_tokens, need_hidden, need_weight, shard),
         )
         found.append(stats)
         return loss, grads
@@ -172,6 +185,7 @@ def _sweep(
     chunk_tokens: int | None,
     need_hidden: bool,
     need_weight: bool,
+    shard: Shard | None,
 ) -> tuple[Tensor, Any, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Loss, statistics, and the gradients of hidden, weight and bias."""
     head = head._replace(weight=head.weight.detach(), bias=_detached(head.bias))
@@ -179,11 +193,12 @@ def _sweep(
     h, some = take(hidden, index), take(tokens, index)
     head = head._replace(temperature=take(head.temperature, index))
     vectors = {name: take(x.detach(), index) for name, x in vectors.items()}
-    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, need_weight)
-    sweep = Sweep(h, head, backend, size)
-    grad_hidden = torch.empty_like(h) if need_hidden else None
+    added, largest = (need_weight, None) if shard is None else (True, shard.largest)
+    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, added, largest)
+    sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
+    grad_hidden = sweep.new_gradient() if need_hidden else None
     need = need_hidden or need_weight
-    one_read = need and not with_entropy and not head.softcap
+    one_read = need and not with_entropy and not head.softcap and shard is None
     loss: Tensor | None = None
     stats: Any = None
     for part in linear_chunks.chunks(h.shape[0], size):
@@ -209,8 +224,10 @@ def _sweep(
         else:
             g_logits = sweep.gradient(part, z, token, rows, g, g_entropy)
             sweep.add_products(part, g_logits, None, grad_hidden, need_weight)
-    if grad_hidden is not None and index is not None:
-        grad_hidden = torch.zeros_like(hidden).index_copy_(0, index, grad_hidden)
+    if grad_hidden is not None:
+        grad_hidden = sweep.hidden_gradient(grad_hidden)
+        if index is not None:
+            grad_hidden = torch.zeros_like(hidden).index_copy_(0, index, grad_hidden)
     assert loss is not None
     return loss, stats, (grad_hidden, *sweep.weight_gradients())
 
