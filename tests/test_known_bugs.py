@@ -382,9 +382,12 @@ def test_python_float_becomes_fp64_under_the_compiler(device, backend):
 def test_host_sync():
     """18. .item() and torch.equal in the hot path; breaks CUDA graphs. aiter 5165, Liger
 
-    Fake tensors have no values: whatever wants to read one raises.
+    Fake tensors have no values: whatever wants to read one raises. linear_token_loss looks which
+    tokens are ignored before it multiplies, and says so; in linear_logprob an operator does.
     """
     for spec in SPECS:
+        if not spec.compiles:
+            continue
         for sample in spec.samples(Maker()):
             with FakeTensorMode(allow_non_fake_inputs=False) as mode:
                 inputs = map_tensors(sample.inputs, mode.from_tensor)
