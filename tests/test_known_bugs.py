@@ -302,6 +302,12 @@ def _changing(name: str, device: str, i: int) -> dict[str, Any]:
             "tokens": random_tokens(64, 5 + i, device=device),
             "temperature": 0.5 + i / 8,
         },
+        "head": {
+            "hidden": random(5 + i, 16, device=device),
+            "weight": random(64, 16, device=device),
+            "tokens": random_tokens(64, 5 + i, device=device),
+            "temperature": 0.5 + i / 8,
+        },
         "kl_coef": {
             **{"logprob": x, "old_logprob": y, "advantages": x * y},
             **{"ref_logprob": y, "kl_coef": 0.1 + i / 16, "normalizer": 100.5 + i},
@@ -325,6 +331,7 @@ def _changing(name: str, device: str, i: int) -> dict[str, Any]:
     ("name", "function"),
     [
         ("temperature", rk.token_logprob),
+        ("head", rk.linear_logprob),
         ("kl_coef", rk.policy_loss),
         ("length", rk.policy_loss),
         ("max_length", rk.value_loss),
