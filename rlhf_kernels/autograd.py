@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,3 +43,15 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return checked
+
+
+def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.disable``, which imports the compiler (a second), once it is in use."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        return torch.compiler.disable(function)(*args)
+
+    return call

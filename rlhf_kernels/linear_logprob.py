@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks, linear_chunks, linear_parallel
-from rlhf_kernels.autograd import once_differentiable
+from rlhf_kernels.autograd import not_compiled, once_differentiable
 from rlhf_kernels.linear_chunks import Head, Rows, take
 from rlhf_kernels.linear_parallel import Shard
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
@@ -294,7 +294,7 @@ class _LinearLogprob(torch.autograd.Function):
         )
 
 
-@torch.compiler.disable
+@not_compiled
 def _apply_sharded(*args: Any) -> Any:
     return _LinearLogprob.apply(*args)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kernels import checks
+from rlhf_kernels.autograd import not_compiled
 from rlhf_kernels.linear_chunks import ADDED_ROWS, LOW, Head, Rows, Sweep
 
 IGNORED, WRONG = -100, -1  # what the kernels see: a caller's ignore_index may be a row of the shard
@@ -54,7 +55,7 @@ def shard_of(
     return _exchange(group, hidden, weight, tokens, chunk_tokens, with_entropy)
 
 
-@torch.compiler.disable
+@not_compiled
 def _exchange(
     group: dist.ProcessGroup,
     hidden: Tensor,
