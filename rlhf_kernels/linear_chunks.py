@@ -330,7 +330,7 @@ class Sweep:
             if c is not None:
                 into[part].mul_(c.unsqueeze(-1))
         if wanted:
-            scaled = h if c is None else h * c.unsqueeze(-1).to(h.dtype)
+            scaled = h if c is None else (h * c.unsqueeze(-1)).to(h.dtype)
             self.grad_weight = self._added(self.grad_weight, g, scaled)
             if self.head.bias is not None:
                 ones = h.new_ones(h.shape[0], 1) if c is None else c.unsqueeze(-1).to(h.dtype)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks, linear_chunks, linear_parallel
-from rlhf_kernels.autograd import once_differentiable
-from rlhf_kernels.linear_chunks import Head, take
+from rlhf_kernels.autograd import not_compiled, once_differentiable
+from rlhf_kernels.linear_chunks import ADDED_ROWS, Head, take
 from rlhf_kernels.linear_parallel import Shard
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
 from rlhf_kernels.token_logprob import token_logprob_reference
@@ -147,7 +147,7 @@ def _call(
     return result
 
 
-@torch.compiler.disable
+@not_compiled
 def _run(
     backend: str,
     hidden: Tensor,
@@ -277,7 +277,14 @@ class _LinearTokenLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
             return None, *grads
-        return None, *(None if x is None else x.mul_(grad_loss.to(x.dtype)) for x in grads)
+        return None, *(None if x is None else _scaled(x, grad_loss) for x in grads)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """In place; in 16 bits the factor itself (a loss scale of 65536) may be out of range."""
+    for some in x.split(ADDED_ROWS):
+        some.copy_(some.to(factor.dtype).mul_(factor))
+    return x
 
 
 _backend.follow("linear_token_loss", "token_logprob_and_grad")

@@ -72,6 +72,25 @@ def test_gradients_are_as_exact_as_those_of_the_logits(device, backend, dtype, e
         assert_close_to_truth(a, b, t, 1e-6)
 
 
+@pytest.mark.parametrize("factor", [65536.0, 1 / 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_loss_scale_need_not_fit_the_dtype(device, backend, dtype, factor):
+    """A gradient scaler's 65536 is infinite in fp16; its product with a small gradient is not."""
+    hidden, weight, tokens = inputs(device=device, dtype=dtype)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def loss_fn(logprob, entropy):
+        return -logprob.sum() * 1e-3, None
+
+    loss, _ = linear_token_loss(hidden, weight, tokens, loss_fn, backend=backend)
+    got = torch.autograd.grad(loss * factor, leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    loss, _ = linear_token_loss(*exact, tokens, loss_fn, backend="reference")
+    for a, t in zip(got, torch.autograd.grad(loss * factor, exact), strict=True):
+        error = (a.double() - t).abs().max() / t.abs().max()
+        assert error < 2 * torch.finfo(dtype).eps + 1e-5
+
+
 def test_loss_fn_sees_chunks_of_the_scored_tokens(device, backend):
     hidden, weight, tokens = inputs(device=device)
     tokens[::2] = -100
