@@ -60,7 +60,7 @@ def test_target_and_sum_are_refined(dtype, likely, device, backend):
     target_alone = exact - rounded.double().logsumexp(-1)
     got = linear_logprob(hidden, weight, tokens, backend=backend).double()
     if backend == "reference":
-        return
+        pytest.skip("the specification rounds the logits")
     errors = [(x - truth).square().mean().sqrt() for x in (got, both, target_alone)]
     assert errors[0] < 0.9 * errors[1]
     if likely:
@@ -92,7 +92,7 @@ def test_ignored_positions_reach_no_product(device, backend):
         out.sum().backward()
         results.append((out.detach(), leaf.grad, w.grad))
     if backend == "reference":
-        return  # it multiplies them
+        pytest.skip("the specification multiplies them")
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     assert (results[1][0][::3] == 0).all() and (results[1][1][::3] == 0).all()
