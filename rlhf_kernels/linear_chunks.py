@@ -130,17 +130,18 @@ def logits_reference(hidden: Tensor, head: Head) -> Tensor:
     return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
 
 
-def tokens_of_chunk(
-    hidden: Tensor, head: Head, asked: int | None, need_weight: bool, vocab: int | None = None
-) -> int:
+def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, vocab: int | None = None) -> int:
     """Tokens of a chunk: as many as the budget has room for, in chunks of equal size.
+
+    The same with and without gradients, as the last bits of a matrix product depend on how many
+    rows it has: log-probs of before the first optimiser step are to have those of the step itself.
+    So there is always room for dW, which takes float32 where there are several chunks of 16 bits
+    and is part of the budget on the CPU.
 
     Args:
         hidden: (N, H).
         head: the head of these tokens.
         asked: the caller's number, or None.
-        need_weight: whether dW is added up. Of several chunks of 16 bits that takes float32, which
-            is part of the budget on the CPU.
         vocab: rows of the weight to plan for; None: of this one.
     """
     n, width = max(hidden.shape[0], 1), hidden.shape[1]
@@ -153,7 +154,7 @@ def tokens_of_chunk(
     if n * row <= budget:
         return n
     low = hidden.element_size() == 2 and not hidden.is_cuda
-    accumulator = (vocab + ADDED_ROWS) * width * 4 if low and need_weight else 0
+    accumulator = (vocab + ADDED_ROWS) * width * 4 if low else 0
     most = max((budget - accumulator) // row, LEAST_TOKENS)
     chunks = -(-n // most)
     return -(-n // chunks)

@@ -137,7 +137,7 @@ def _forward(
     scaling = (temperature_value, logit_scale, softcap, ignore_index)
     head = Head(weight, bias, take(temperature, index), *scaling)
     largest = None if shard is None else shard.largest
-    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, False, largest)
+    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, largest)
     sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
     full = _empty_results(hidden, tokens, with_entropy)
     results = full if index is None else _empty_results(h, some, with_entropy)
@@ -191,7 +191,7 @@ def _backward(
     statistics = [x if x.numel() == 0 else take(x, index) for x in (entropy, row_max, log_sum)]
     scaling = (temperature_value, logit_scale, softcap, ignore_index)
     head = Head(weight, bias, take(temperature, index), *scaling)
-    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, need_weight)
+    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens)
     sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
     grad_hidden = sweep.new_gradient() if need_hidden else None
     for part in linear_chunks.chunks(h.shape[0], size):

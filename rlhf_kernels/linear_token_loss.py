@@ -193,8 +193,8 @@ def _sweep(
     h, some = take(hidden, index), take(tokens, index)
     head = head._replace(temperature=take(head.temperature, index))
     vectors = {name: take(x.detach(), index) for name, x in vectors.items()}
-    added, largest = (need_weight, None) if shard is None else (True, shard.largest)
-    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, added, largest)
+    largest = None if shard is None else shard.largest
+    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, largest)
     sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
     grad_hidden = sweep.new_gradient() if need_hidden else None
     need = need_hidden or need_weight

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compare import assert_close_to_truth
-from rlhf_kernels import linear_chunks, linear_logprob, token_logprob
+from rlhf_kernels import linear_chunks, linear_logprob, linear_token_loss, token_logprob
 
 
 def inputs(rows=37, width=24, vocab=301, dtype=torch.float32, device="cpu", seed=0):
@@ -108,6 +108,29 @@ def test_same_bits_with_and_without_a_gradient(device, backend):
     assert torch.equal(old, new.detach()) and torch.equal(old, entropy.logprob.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_old_log_probs_come_from_the_chunks_of_the_new_ones(device, backend, dtype, monkeypatch):
+    """The last bits of a matrix product depend on its rows: one plan with and without gradients."""
+    if backend == "reference":
+        pytest.skip("the reference has no chunks")
+    monkeypatch.setattr(linear_chunks, "LEAST_TOKENS", 8)
+    hidden, weight, tokens = inputs(200, 500, 400, dtype, device)
+    monkeypatch.setitem(linear_chunks.BUDGET, device, 150 * (400 * hidden.element_size() + 64))
+    product, rows, seen = torch.mm, [], []
+    monkeypatch.setattr(torch, "mm", lambda a, *x, **k: rows.append(len(a)) or product(a, *x, **k))
+    with torch.no_grad():
+        old = linear_logprob(hidden, weight, tokens, backend=backend)
+    planned, weight = list(rows), weight.requires_grad_()
+
+    def loss_fn(logprob, entropy):
+        seen.append(logprob.detach())
+        return logprob.sum(), None
+
+    linear_token_loss(hidden, weight, tokens, loss_fn, backend=backend)
+    assert len(planned) > 1 and planned == [len(x) for x in seen]
+    assert torch.equal(old, torch.cat(seen))
+
+
 def test_autocast_casts_hidden_and_weight(device, backend):
     hidden, weight, tokens = inputs(device=device)
     leaf = weight.clone().requires_grad_()
@@ -123,12 +146,12 @@ def test_memory_of_a_chunk():
     """It follows the budget, but is never so small that the matrix products starve."""
     head = linear_chunks.Head(torch.empty(64000, 64), None, None, 1.0, 1.0, 0.0, -100)
     hidden = torch.empty(4096, 64)
-    size = linear_chunks.tokens_of_chunk(hidden, head, None, True)
+    size = linear_chunks.tokens_of_chunk(hidden, head, None)
     assert size * 64000 * 4 <= 128 << 20 and size >= 500
-    assert linear_chunks.tokens_of_chunk(hidden, head, 100, True) == 100
+    assert linear_chunks.tokens_of_chunk(hidden, head, 100) == 100
     large = head._replace(weight=torch.empty(1, 1).expand(10**7, 64))
-    assert linear_chunks.tokens_of_chunk(hidden, large, None, True) == linear_chunks.LEAST_TOKENS
-    assert linear_chunks.tokens_of_chunk(hidden[:7], head, None, True) == 7
+    assert linear_chunks.tokens_of_chunk(hidden, large, None) == linear_chunks.LEAST_TOKENS
+    assert linear_chunks.tokens_of_chunk(hidden[:7], head, None) == 7
 
 
 def test_bad_arguments_are_named(device, backend):
