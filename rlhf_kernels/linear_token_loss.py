@@ -169,7 +169,8 @@ def _run(
         found.append(stats)
         return loss, grads
 
-    loss = _LinearTokenLoss.apply(sweep, hidden, head.weight, head.bias)
+    with torch.profiler.record_function("rlhf_kernels::linear_token_loss"):
+        loss = _LinearTokenLoss.apply(sweep, hidden, head.weight, head.bias)
     return loss, found[0]
 
 

@@ -35,8 +35,8 @@ from rlhf_trainer import world
 from rlhf_trainer.config import ConfigError, PPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.data import Demonstration, Encoded, Ranking, collate
 from rlhf_trainer.metrics import CURVES
-from rlhf_trainer.model import completion_logits, respond, score_responses
-from rlhf_trainer.ppo import PPO_OPS, train_ppo
+from rlhf_trainer.model import completion_hidden, respond, score_responses
+from rlhf_trainer.ppo import PPO_OPS, exact_kl, train_ppo
 from rlhf_trainer.reward import REWARD_OPS, train_reward
 from rlhf_trainer.sft import SFT_OPS, train_sft
 from rlhf_trainer.state import check_backend, cosine, remove_run, write_json
@@ -441,9 +441,9 @@ def examine(
             for k, r in enumerate(given[start : start + 256])
         ]
         batch = collate(rows, demo.tokenizer.pad_token_id)
-        out = rk.logprob_kl(
-            completion_logits(model, batch),
-            completion_logits(sft, batch),
+        out = exact_kl(
+            completion_hidden(model, batch),
+            completion_hidden(sft, batch),
             batch.labels,
             backend=demo.backend,
         )

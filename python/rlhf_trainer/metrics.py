@@ -18,6 +18,7 @@ from rlhf_trainer.config import ConfigError
 
 OnStep = Callable[[dict[str, Any]], None]
 METRICS, CURVES, KERNELS = "metrics.jsonl", "curves.png", "kernels.json"
+OURS = "rlhf_kernels::"
 
 
 class MetricsLog:
@@ -136,8 +137,7 @@ class KernelClock:
             self._synchronize()
             begin = time.perf_counter()
         for name, milliseconds in self._op_times(profiler):
-            if name.startswith("rlhf_kernels::"):
-                self.totals[name] = self.totals.get(name, 0.0) + milliseconds
+            self.totals[name] = self.totals.get(name, 0.0) + milliseconds
         self.overhead += time.perf_counter() - begin
 
     def report(self) -> dict[str, Any]:
@@ -168,14 +168,31 @@ class KernelClock:
         return result
 
     def _op_times(self, profiler: profile) -> Iterator[tuple[str, float]]:
-        """Name and milliseconds of every op call seen, on the device that the run is on."""
+        """Name and milliseconds of every op call seen, on the device that the run is on. The time
+        of a call inside another one is taken off the outer one."""
         if self.device.type == "cuda":
-            for event in profiler.key_averages():
-                yield event.key, event.device_time_total / 1e3
-        else:
-            # The raw events: key_averages builds a tree of all ops first, which takes seconds.
-            for call in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-                yield call.name(), call.duration_ns() / 1e6
+            for event in profiler.events() or ():
+                if event.name.startswith(OURS):
+                    milliseconds, parent = event.device_time_total / 1e3, event.cpu_parent
+                    while parent is not None and not parent.name.startswith(OURS):
+                        parent = parent.cpu_parent
+                    if parent is not None:
+                        yield parent.name, -milliseconds
+                    yield event.name, milliseconds
+            return
+        # The raw events: profiler.events() builds a tree of all ops first, which takes seconds.
+        raw = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        calls = [call for call in raw if call.name().startswith(OURS)]
+        open_calls: dict[int, list[tuple[int, str]]] = {}  # ends and names, by thread
+        for call in sorted(calls, key=lambda call: (call.start_ns(), -call.duration_ns())):
+            around = open_calls.setdefault(call.start_thread_id(), [])
+            while around and around[-1][0] <= call.start_ns():
+                around.pop()
+            milliseconds = call.duration_ns() / 1e6
+            if around:
+                yield around[-1][1], -milliseconds
+            yield call.name(), milliseconds
+            around.append((call.start_ns() + call.duration_ns(), call.name()))
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Models and tokenizers: loading, the scalar head, sampling."""
+"""Models and tokenizers: loading, heads without logits, the scalar head, sampling."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
 from rlhf_trainer.config import ConfigError
 from rlhf_trainer.data import (
     Batch,
@@ -140,9 +141,30 @@ def scratch_model(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) 
         return AutoModelForCausalLM.from_config(config)
 
 
-def completion_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (B, C, V) at the batch's columns; the head never sees the other positions."""
-    return model(**batch.inputs(), use_cache=False, logits_to_keep=batch.columns).logits
+def check_head(model: PreTrainedModel) -> None:
+    """Raise ConfigError where log-probabilities need the model's logits."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            hidden_forward(model, torch.zeros((1, 1), dtype=torch.int64, device=model.device))
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        model.train(training)
+
+
+def completion_hidden(model: nn.Module, batch: Batch) -> tuple[Tensor, LMHead]:
+    """Hidden states (B, C, H) at the batch's columns, and the head that makes logits of them."""
+    return hidden_forward(model, **batch.inputs(), use_cache=False, logits_to_keep=batch.columns)
+
+
+def head_logits(hidden: Tensor, head: LMHead) -> Tensor:
+    """Logits (..., V), as the model itself would make them."""
+    z = nn.functional.linear(hidden, head.weight, head.bias)
+    if head.logit_scale != 1:
+        z = z * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
 def set_dropout(model: nn.Module, p: float) -> None:

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
+from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
 from rlhf_trainer.config import ConfigError, PPOConfig
 from rlhf_trainer.data import (
     IGNORE,
@@ -44,8 +45,10 @@ from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnSte
 from rlhf_trainer.model import (
     Samples,
     ScalarModel,
+    check_head,
     check_length,
     checked_tokenizer,
+    head_logits,
     load_causal_lm,
     load_tokenizer,
     sample,
@@ -64,7 +67,8 @@ from rlhf_trainer.state import (
 
 # What the stage takes from rlhf_kernels.
 PPO_OPS = (
-    "token_logprob",
+    "linear_logprob",
+    "linear_token_loss",
     "logprob_kl",
     "kl_estimate",
     "kl_shaped_rewards",
@@ -76,6 +80,7 @@ PPO_OPS = (
 )
 RewardFn = Callable[[list[str], list[str]], Sequence[float]]
 KL_ERROR_BOUND = 0.2  # lm-human-preferences
+KL_LOGITS = 2**24  # of one of the two models, that exist at a time
 
 
 @dataclass
@@ -157,6 +162,7 @@ def train_ppo(
     longest = max(map(len, encoded)) + config.max_response_tokens
     for model in (policy, value.model, *([reward.model] if reward else [])):
         check_length(model, longest)
+    check_head(policy)
     reference = copy.deepcopy(policy).eval()
 
     actor, critic = accelerator.prepare_model(policy), accelerator.prepare_model(value)
@@ -212,8 +218,9 @@ def train_ppo(
             return judged, judged.masked_fill(~samples.ended, config.missing_eos_score)
         return judged, judged - config.missing_eos_penalty * (~samples.ended)
 
-    def forward(model: nn.Module, samples: Samples, rows: Tensor) -> Tensor:
-        """Logits (b, T, V) or values (b, T) at the positions that predict the response tokens."""
+    def forward(model: nn.Module, samples: Samples, rows: Tensor) -> Any:
+        """Hidden states (b, T, H) and head, or values (b, T), at the positions that predict the
+        response tokens."""
         first = samples.prompt_width - 1
         mask = samples.attention_mask[rows]
         inputs = {
@@ -224,7 +231,7 @@ def train_ppo(
         if model is critic:
             return model(**inputs)[:, first:-1]
         columns = torch.arange(first, mask.shape[1] - 1, device=device)
-        return model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        return hidden_forward(model, **inputs, use_cache=False, logits_to_keep=columns)
 
     @torch.no_grad()
     def explore(chosen: list[int], first_order: Tensor) -> tuple[Rollout, dict[str, Any]]:
@@ -247,21 +254,17 @@ def train_ppo(
         with clock.kernels():
             # The first optimiser step has a ratio of exactly 1. A model's forward pass is not batch
             # invariant, so the first pass over the data takes the same rows in the same
-            # micro-batches as this one; and the old log-probabilities come from the op that gives
-            # the new ones, as two ops may run on two backends.
+            # micro-batches as this one; and the old log-probabilities come from the op whose chunks
+            # and bits are those of the loss, not from the logits that the KL takes.
             for rows in micro_batches_of(first_order):
-                logits = forward(actor, samples, rows)
-                old: Any = rk.token_logprob(
-                    logits, tokens[rows], temperature=config.temperature, backend=backend
-                )
+                (hidden, head), fixed = (forward(m, samples, rows) for m in (actor, reference))
+                options: Any = {"temperature": config.temperature, "backend": backend}
+                with accelerator.autocast():
+                    old: Any = rk.linear_logprob(
+                        hidden, tokens=tokens[rows], **head._asdict(), **options
+                    )
+                    out = exact_kl((hidden, head), fixed, tokens[rows], **options)
                 logprob[rows] = old
-                out = rk.logprob_kl(
-                    logits,
-                    forward(reference, samples, rows),
-                    tokens[rows],
-                    temperature=config.temperature,
-                    backend=backend,
-                )
                 ref_logprob[rows], kl[rows], entropy[rows] = out.ref_logprob, out.kl, out.entropy
                 values[rows] = forward(critic, samples, rows)
             rewards = rk.kl_shaped_rewards(
@@ -305,6 +308,12 @@ def train_ppo(
         advantages = rk.masked_whiten(
             rollout.advantages[rows], mask[rows], unbiased=False, backend=backend
         )
+
+        def surrogate(logprob: Tensor, entropy: None, **fixed: Any) -> tuple[Tensor, Any]:
+            return rk.policy_loss(
+                logprob, **fixed, clip_low=config.clip, normalizer=tokens, backend=backend
+            )
+
         results = []
         optimizer.zero_grad()
         for micro, advantage in zip(
@@ -312,22 +321,18 @@ def train_ppo(
             advantages.split(config.micro_batch_size),
             strict=True,
         ):
-            logprob: Any = rk.token_logprob(
-                forward(actor, rollout.samples, micro),
-                rollout.tokens[micro],
-                temperature=config.temperature,
-                inplace_backward=True,
-                backend=backend,
-            )
-            policy_loss, policy_stats = rk.policy_loss(
-                logprob,
-                rollout.logprob[micro],
-                advantage,
-                mask[micro],
-                clip_low=config.clip,
-                normalizer=tokens,
-                backend=backend,
-            )
+            fixed = {"old_logprob": rollout.logprob[micro], "advantages": advantage}
+            hidden, head = forward(actor, rollout.samples, micro)
+            with accelerator.autocast():
+                policy_loss, policy_stats = rk.linear_token_loss(
+                    hidden,
+                    tokens=rollout.tokens[micro],
+                    loss_fn=surrogate,
+                    per_token=fixed | {"mask": mask[micro]},
+                    temperature=config.temperature,
+                    backend=backend,
+                    **head._asdict(),
+                )
             accelerator.backward(policy_loss)
             value_loss, value_stats = rk.value_loss(
                 forward(critic, rollout.samples, micro),
@@ -412,3 +417,31 @@ def train_ppo(
     write_json(config.output / KERNELS, kernels)
     seconds = time.perf_counter() - began
     return PPOResult(actor, critic, tokenizer, folder, log.history, kernels, seconds)
+
+
+@torch.no_grad()
+def exact_kl(
+    policy: tuple[Tensor, LMHead],
+    reference: tuple[Tensor, LMHead],
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> rk.LogprobKL:
+    """logprob_kl of two models from hidden states (..., H), for some positions at a time; 0 at
+    ignored tokens (...)."""
+    places = (tokens != IGNORE).nonzero(as_tuple=True)
+    results = rk.LogprobKL(*(torch.zeros(tokens.shape, device=tokens.device) for _ in range(4)))
+    size = max(KL_LOGITS // policy[1].weight.shape[0], 1)
+    for some in zip(*(place.split(size) for place in places), strict=True):
+        logits, ref_logits = (head_logits(x[some], head) for x, head in (policy, reference))
+        part = rk.logprob_kl(
+            logits,
+            ref_logits,
+            tokens[some],
+            temperature=temperature,
+            backend=backend,
+        )
+        for whole, x in zip(results, part, strict=True):
+            whole[some] = x
+    return results

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ import rlhf_kernels as rk
 from rlhf_trainer.config import ConfigError, SFTConfig
 from rlhf_trainer.data import (
     Demonstration,
+    Encoded,
     collate,
     encode_demonstrations,
     fingerprint,
@@ -37,9 +39,10 @@ from rlhf_trainer.data import (
 )
 from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
 from rlhf_trainer.model import (
+    check_head,
     check_length,
     checked_tokenizer,
-    completion_logits,
+    completion_hidden,
     load_causal_lm,
     load_tokenizer,
     load_weights,
@@ -57,7 +60,7 @@ from rlhf_trainer.state import (
     write_json,
 )
 
-SFT_OPS = ("token_logprob",)  # of rlhf_kernels
+SFT_OPS = ("linear_token_loss",)  # of rlhf_kernels
 
 
 @dataclass
@@ -118,6 +121,7 @@ def train_sft(
             f"max_prompt_tokens: expected a prompt that fits, got {len(train)} longer ones"
         )
     check_length(model, max(len(row.prompt) + len(row.response) for row in rows + held))
+    check_head(model)
     dropped = len(train) + len(heldout) - len(rows) - len(held)
     print(
         f"sft: {len(rows)} demonstrations, {len(held)} held out, {dropped} dropped (long prompts)"
@@ -140,17 +144,26 @@ def train_sft(
         total=total, initial=state.step, desc="sft", unit="step", disable=not config.progress
     )
 
+    def forward(micro: Sequence[Encoded], tokens: int) -> Tensor:
+        """The loss of a micro-batch: its share of a mean over so many tokens."""
+        batch = collate(micro, pad).to(device)
+        hidden, head = completion_hidden(lm, batch)
+        with accelerator.autocast():
+            loss, _ = rk.linear_token_loss(
+                hidden,
+                tokens=batch.labels,
+                loss_fn=lambda logprob, entropy: (-logprob.sum() / tokens, None),
+                backend=backend,
+                **head._asdict(),
+            )
+        return loss
+
     def evaluate() -> float:
         lm.eval()
-        total = torch.zeros((), device=device)
+        tokens = sum(len(row.response) for row in held)
         with torch.no_grad():
-            for micro in micro_batches(held, config.micro_batch_size):
-                batch = collate(micro, pad).to(device)
-                logprob: Any = rk.token_logprob(
-                    completion_logits(lm, batch), batch.labels, backend=backend
-                )
-                total += logprob.sum()
-        return -total.item() / sum(len(row.response) for row in held)
+            parts = [forward(m, tokens) for m in micro_batches(held, config.micro_batch_size)]
+        return torch.stack(parts).sum().item()
 
     while state.step < total and not 0 < config.patience <= state.stale:
         epoch, k = divmod(state.step, per_epoch)
@@ -165,14 +178,7 @@ def train_sft(
         with clock.step(), clock.kernels():
             optimizer.zero_grad()
             for micro in micro_batches(batch_rows, config.micro_batch_size):
-                batch = collate(micro, pad).to(device)
-                logprob: Any = rk.token_logprob(
-                    completion_logits(lm, batch),
-                    batch.labels,
-                    inplace_backward=True,
-                    backend=backend,
-                )
-                part = -logprob.sum() / tokens
+                part = forward(micro, tokens)
                 accelerator.backward(part)
                 loss += part.detach()
             if config.max_grad_norm:

@@ -44,7 +44,7 @@ def test_demo_spends_time_in_the_kernels(finished):
     if report["versions"]["simd"] is None:
         pytest.skip("no compiled kernels here")
     ops = {name for stage in report["kernels"].values() for name in stage["ops"]}
-    assert "rlhf_kernels::token_logprob_fwd" in ops
+    assert "rlhf_kernels::linear_token_loss" in ops
     assert any("reward_loss" in name for name in ops)
     assert {"rlhf_kernels::gae", "rlhf_kernels::policy_loss_fwd"} <= ops
 

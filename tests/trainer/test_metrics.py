@@ -68,6 +68,23 @@ def test_kernel_clock(backend):
         assert report["ops"][name]["ms_per_step"] == pytest.approx(expected)
 
 
+def test_kernel_clock_counts_no_time_twice():
+    """Of an op inside another one: the outer one's time is what is left."""
+    if "error" in rk.build_info():
+        pytest.skip(f"no CPU kernels: {rk.build_info()['error']}")
+    clock = KernelClock(1, "cpu", torch.device("cpu"))
+    hidden, weight = torch.randn(256, 64), torch.randn(20000, 64)
+    tokens = torch.zeros(256, dtype=torch.long)
+    for _ in range(2):
+        with clock.step(), clock.kernels():
+            rk.linear_logprob(hidden, weight, tokens, backend="cpu")
+    report = clock.report()
+    names = {"rlhf_kernels::linear_logprob_fwd", "rlhf_kernels::token_logprob_fwd"}
+    assert report["ops"].keys() == names
+    assert all(op["ms_per_step"] > 0 for op in report["ops"].values())
+    assert 0 < report["share"] < 1
+
+
 def test_kernel_clock_without_samples():
     report = KernelClock(0, "auto", torch.device("cpu")).report()
     assert report["ops"] == {}

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 from rlhf_trainer.config import ConfigError
 from rlhf_trainer.data import Encoded, collate, left_pad, positions
@@ -12,7 +18,8 @@ from rlhf_trainer.model import (
     ScalarModel,
     check_length,
     checked_tokenizer,
-    completion_logits,
+    completion_hidden,
+    head_logits,
     load_causal_lm,
     load_tokenizer,
     load_weights,
@@ -35,11 +42,26 @@ def test_padding_changes_no_logit(make_model, kind):
     model = make_model(kind).eval()
     batch = collate(ROWS, 0)
     with torch.no_grad():
-        padded = completion_logits(model, batch)
+        padded = head_logits(*completion_hidden(model, batch))
         for b, row in enumerate(ROWS):
             alone = collate([row], 0)
-            logits = completion_logits(model, alone)[0]
+            logits = head_logits(*completion_hidden(model, alone))[0]
             torch.testing.assert_close(padded[b][batch.labels[b] >= 0], logits)
+
+
+def test_head_logits_are_the_models_own():
+    """With a scale and a softcap that are the model's own affair."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 13}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    torch.manual_seed(0)
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.5)),
+        CohereForCausalLM(CohereConfig(**sizes, **heads, logit_scale=0.25)),
+    ):
+        batch = collate(ROWS, 0)
+        with torch.no_grad():
+            own = model.eval()(**batch.inputs(), logits_to_keep=batch.columns).logits
+            torch.testing.assert_close(head_logits(*completion_hidden(model, batch)), own)
 
 
 @pytest.mark.parametrize("kind", KINDS)

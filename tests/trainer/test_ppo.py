@@ -9,7 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import rlhf_kernels as rk
+from rlhf_kernels.integrations.transformers import LMHead
+from rlhf_trainer import ppo
 from rlhf_trainer.cli import main
+from rlhf_trainer.config import ConfigError
 from rlhf_trainer.model import ScalarModel, save_model, score_responses
 from rlhf_trainer.ppo import train_ppo
 
@@ -75,10 +79,10 @@ def test_ratio_is_exactly_one_in_the_first_optimiser_step(
 
 
 def test_first_ratio_is_one_although_no_model_is_batch_invariant(ppo_config, make_model, tokenizer):
-    """Here the logits of a row depend openly on its micro-batch, as the last bits of a matrix
+    """Here a row's hidden states depend openly on its micro-batch, as the last bits of a matrix
     product do: only old log-probabilities from the very same micro-batches give a ratio of 1."""
     policy = make_model()
-    policy.lm_head.register_forward_hook(lambda module, args, logits: logits * (1 + logits.mean()))
+    policy.transformer.ln_f.register_forward_hook(lambda module, args, x: x * (1 + x.mean()))
     result = train_ppo(
         ppo_config(micro_batch_size=3, episodes=32),
         policy=policy,
@@ -91,9 +95,8 @@ def test_first_ratio_is_one_although_no_model_is_batch_invariant(ppo_config, mak
 
 def without_special_tokens(model):
     """Ban <pad> and <unk>, so that a response's text gives back its token ids."""
-    model.lm_head.register_forward_hook(
-        lambda module, args, logits: logits.index_fill(-1, torch.tensor([0, 2]), float("-inf"))
-    )
+    banned = torch.zeros(13).index_fill(0, torch.tensor([0, 2]), float("-inf"))
+    model.lm_head.bias = torch.nn.Parameter(banned, requires_grad=False)
     return model
 
 
@@ -151,6 +154,29 @@ def test_statistics_are_those_of_plain_log_softmax(ppo_config, make_model, token
         assert row["score"] == pytest.approx(sum(count_good(prompts, responses)) / 8)
         assert row["reward"] == pytest.approx(row["score"] - 0.1 * row["kl_sampled"], abs=1e-5)
     assert result.history[1]["kl"] > 0.01
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 100])
+def test_exact_kl_takes_some_positions_at_a_time(make_model, monkeypatch, at_a_time):
+    monkeypatch.setattr(ppo, "KL_LOGITS", 13 * at_a_time + 12)
+    heads = [LMHead(make_model(seed=k).lm_head.weight, None, 1.0, None) for k in (0, 1)]
+    hidden = [torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(k)) for k in (0, 1)]
+    tokens = torch.tensor([[3, 4, -100, 0, -100], [-100, 12, 1, 2, 3]])
+    got = ppo.exact_kl(*zip(hidden, heads, strict=True), tokens, temperature=0.7)
+    z, ref_z = (
+        h.double() @ head.weight.double().t() for h, head in zip(hidden, heads, strict=True)
+    )
+    for a, b in zip(got, rk.logprob_kl(z, ref_z, tokens, temperature=0.7), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_needs_logits_is_refused_before_training(ppo_config, make_model, tokenizer):
+    policy = make_model()
+    policy.lm_head.register_forward_hook(lambda module, args, logits: logits.clamp(max=1.0))
+    config = ppo_config()
+    with pytest.raises(ConfigError, match="model: what GPT2LMHeadModel does with its logits"):
+        train_ppo(config, policy=policy, tokenizer=tokenizer, reward_fn=count_good, prompts=PROMPTS)
+    assert not (config.output / "metrics.jsonl").exists()
 
 
 def test_losses_of_the_first_iteration_by_hand(ppo_config, make_model, tokenizer):
