@@ -17,7 +17,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import accumulate, combinations
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -26,11 +27,14 @@ import numpy
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import rlhf_kernels as rk
+from rlhf_kernels.integrations.transformers import hidden_forward
 from rlhf_trainer import world
 from rlhf_trainer.config import ConfigError, PPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.data import Demonstration, Encoded, Ranking, collate
@@ -43,6 +47,7 @@ from rlhf_trainer.state import check_backend, cosine, remove_run, write_json
 from rlhf_trainer.world import Task
 
 RESPONSE_TOKENS = 20
+WORDS = 128_256  # of the vocabulary in peak_memory: that of Llama 3
 MARK = "demo.json"
 MARKS = ("win_rate", "kl_to_sft", "reward_model")  # keys by which it is known as a demo's
 
@@ -197,6 +202,7 @@ def _run(config: DemoConfig) -> dict[str, Any]:
     reward, reward_report, reward_history = learn_reward(demo, sft)
     policy, ppo_history = reinforce(demo, sft, reward)
     answers["PPO"] = examine(demo, policy, sft, questions)
+    memory = peak_memory(demo)
 
     report = {
         "seed": config.seed,
@@ -214,6 +220,7 @@ def _run(config: DemoConfig) -> dict[str, Any]:
         "sft": {"heldout_loss": [r["heldout_loss"] for r in sft_history if "heldout_loss" in r]},
         "reward_model": reward_report,
         "kernels": demo.kernels,
+        "memory": memory,
         "versions": {
             "rlhf_kernels": rk.__version__,
             "torch": torch.__version__,
@@ -245,16 +252,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def line(task: Task) -> str:
-    return f"{task.prompt} {world.LINE}"
-
-
-def pretrain(demo: Demo) -> PreTrainedModel:
-    """The base model, from random weights: next-token prediction on pages of the corpus."""
-    began = time.perf_counter()
-    sizes, tokenizer = demo.sizes, demo.tokenizer
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
+def shape(words: int, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The model with a vocabulary of so many words."""
+    return LlamaConfig(
+        vocab_size=words,
         hidden_size=96,
         intermediate_size=288,
         num_hidden_layers=2,
@@ -265,7 +266,17 @@ def pretrain(demo: Demo) -> PreTrainedModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(shape)
+
+
+def line(task: Task) -> str:
+    return f"{task.prompt} {world.LINE}"
+
+
+def pretrain(demo: Demo) -> PreTrainedModel:
+    """The base model, from random weights: next-token prediction on pages of the corpus."""
+    began = time.perf_counter()
+    sizes, tokenizer = demo.sizes, demo.tokenizer
+    model = LlamaForCausalLM(shape(len(tokenizer), tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), fused=True)
     scheduler = LambdaLR(optimizer, cosine(sizes.pretraining_steps, 30, 0.05))
     rng = random.Random(f"{demo.config.seed} corpus")
@@ -507,6 +518,62 @@ def win_rate(a: Answers, b: Answers, equal_length: bool = False) -> dict[str, fl
     }
 
 
+# ---- Memory -------------------------------------------------------------------------------------
+
+
+def peak_memory(demo: Demo) -> dict[str, Any]:
+    """Peak bytes of a forward and backward pass on all tokens of some pages, beyond what was there
+    before, in three ways; the model is the demo's, with a vocabulary of today's size."""
+    rows = 1 if demo.config.quick else 8
+    model = LlamaForCausalLM(shape(WORDS, demo.tokenizer))
+    ids = torch.randint(WORDS, (rows, 129), generator=torch.Generator().manual_seed(0))
+    labels, count = ids[:, 1:], ids[:, 1:].numel()
+
+    def cross_entropy() -> Tensor:
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def with_logits() -> Tensor:
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        logprob: Any = rk.token_logprob(logits, labels, inplace_backward=True, backend=demo.backend)
+        return -logprob.mean()
+
+    def without_logits() -> Tensor:
+        hidden, head = hidden_forward(model, input_ids=ids[:, :-1])
+        loss, _ = rk.linear_token_loss(
+            hidden,
+            tokens=labels,
+            loss_fn=lambda logprob, entropy: (-logprob.sum() / count, None),
+            backend=demo.backend,
+            **head._asdict(),
+        )
+        return loss
+
+    ways = {
+        "torch cross_entropy": cross_entropy,
+        "token_logprob in place": with_logits,
+        "linear_token_loss": without_logits,
+    }
+    losses, peaks = {}, {}
+    for name, way in ways.items():
+        model.zero_grad()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = way()
+            loss.backward()
+        losses[name], peaks[name] = loss.item(), _peak(profiler)
+    if max(losses.values()) - min(losses.values()) > 1e-4:
+        raise RuntimeError(f"the ways to the same loss disagree: {losses}")
+    return {"words": WORDS, "tokens": count, "peak_bytes": peaks}
+
+
+def _peak(profiler: profile) -> int:
+    """Of the bytes that the allocator held more than at the start."""
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return max(accumulate((size for _, size in sorted(changes, key=itemgetter(0))), initial=0))
+
+
 # ---- Report -------------------------------------------------------------------------------------
 
 
@@ -564,5 +631,12 @@ def show(
             print(
                 f"  {stage:<8}{name:<28}{time_of['ms_per_step']:>8.2f} ms{time_of['share']:>8.2%}"
             )
+    memory = report["memory"]
+    print(
+        f"\npeak memory of forward and backward on {memory['tokens']:,} tokens, this model with a "
+        f"vocabulary of {memory['words']:,}:"
+    )
+    for name, size in memory["peak_bytes"].items():
+        print(f"  {name:<34}{size / 2**20:>7.0f} MiB")
     total = report["seconds"]["total"]
     print(f"\n{total:.0f} s in all; curves: {out / CURVES}; numbers: {out / MARK}")

@@ -49,6 +49,19 @@ def test_demo_spends_time_in_the_kernels(finished):
     assert {"rlhf_kernels::gae", "rlhf_kernels::policy_loss_fwd"} <= ops
 
 
+def test_demo_says_what_the_logits_would_cost(finished):
+    """Logits, log-softmax and gradient; the logits and a gradient in their place; a chunk of them.
+    Each also has the head's gradient. The quick demo's logits fit into a single chunk."""
+    _, report = finished
+    if report["versions"]["simd"] is None:
+        pytest.skip("no compiled kernels here")
+    memory = report["memory"]
+    logits = 4 * memory["words"] * memory["tokens"]
+    peaks = list(memory["peak_bytes"].values())
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > 2 * logits and peaks[1] > logits
+
+
 @pytest.mark.parametrize("other", [None, "{}", '{"name": "a demo of mine"}', "[1]", "{"])
 def test_folder_that_is_no_demos_is_refused(tmp_path, other):
     (tmp_path / "thesis.txt").write_text("years of work")
