@@ -20,7 +20,7 @@ else
   # Which torch is installed is part of the name, so that asking for another one installs it.
   STAMP := .venv/.installed-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
   COMMAND := .venv/bin/rlhf-train
-  TRITON := .venv/.triton
+  EXTRAS := .venv/.triton .venv/.deepspeed
 endif
 # A process a core, one thread each: tests this small lose by threads (those of threads set their own).
 PARALLEL = $(shell $(RUN) -c 'import xdist' 2>/dev/null && \
@@ -34,7 +34,7 @@ demo: build
 
 # Triton's kernels are tested under its interpreter, which has to be on before anything is imported.
 # Status 5: what ARGS selects has no such test.
-test: build $(TRITON)
+test: build $(EXTRAS)
 	$(if $(PARALLEL),OMP_NUM_THREADS=1) $(RUN) -m pytest $(PARALLEL) $(ARGS)
 	if $(RUN) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 	  $(RUN) -m pytest $(PARALLEL) $(ARGS) || [ $$? -eq 5 ]; fi
@@ -77,6 +77,13 @@ clean:
 	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet --no-deps triton==3.9.0 \
 	  || echo 'no Triton here: its tests will be skipped'
 	$(RUN) -m pip install --quiet --no-deps --target .venv/triton-3.6 triton==3.6.0 || true
+	touch $@
+
+# For the test of ZeRO-3, over processes on the CPU.
+.venv/.deepspeed: $(STAMP)
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .venv/deepspeed \
+	  deepspeed==0.19.6 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 \
+	  || echo 'no DeepSpeed here: its test will be skipped'
 	touch $@
 
 $(COMMAND): $(STAMP) pyproject.toml

@@ -51,7 +51,7 @@ def linear_logprob(
         hidden: (..., H) bf16, fp16, fp32 or fp64; differentiable.
         weight: (V, H) in the dtype of ``hidden`` (under autocast both are converted);
             differentiable. No gradient is computed for what does not require one. A DTensor (FSDP2)
-            is gathered: see ``full_weight``.
+            or a parameter of ZeRO-3 is gathered: see ``full_weight``.
         tokens: (...) int64, or (..., K): K tokens scored per position.
         bias: (V,), differentiable; None: no bias.
         temperature: number > 0, or a tensor broadcastable to ``tokens.shape``. No gradient.
@@ -97,7 +97,7 @@ def linear_logprob(
     )
     linear_chunks.check_tokens(tokens, ignore_index, shard.vocab if shard else head.weight.shape[0])
     chosen = _backend.select(
-        "linear_logprob", hidden.device.type, backend, rows.dtype, weight.shape[0]
+        "linear_logprob", hidden.device.type, backend, rows.dtype, head.weight.shape[0]
     )
     linear_parallel.check_backend(chosen, shard)
     if chosen == "reference":

@@ -105,7 +105,7 @@ def linear_token_loss(
     )
     linear_chunks.check_tokens(tokens, ignore_index, shard.vocab if shard else head.weight.shape[0])
     chosen = _backend.select(
-        "linear_token_loss", hidden.device.type, backend, rows.dtype, weight.shape[0]
+        "linear_token_loss", hidden.device.type, backend, rows.dtype, head.weight.shape[0]
     )
     linear_parallel.check_backend(chosen, shard)
     if chosen == "reference":

@@ -122,9 +122,11 @@ def hidden_forward(
     Arguments and errors as for ``logprob_forward``.
     """
     with patched(model):
-        return model(
+        hidden, scale, softcap = model(
             input_ids=input_ids, attention_mask=attention_mask, return_hidden=True, **model_kwargs
         )
+    head = _causal_lm(model).get_output_embeddings()  # not through what wraps the model
+    return hidden, LMHead(head.weight, head.bias, scale, softcap)
 
 
 def patch(model: nn.Module) -> None:
@@ -204,7 +206,8 @@ def _forward_of(lm: PreTrainedModel) -> Callable[..., Any]:
             given = signature.bind_partial(*args).arguments
             return _logprob_output(self, call, {**given, **kwargs})
         if return_hidden:
-            return _run(self, call, {**signature.bind_partial(*args).arguments, **kwargs})[:2]
+            ran = _run(self, call, {**signature.bind_partial(*args).arguments, **kwargs})
+            return ran.hidden, ran.head.logit_scale, ran.head.softcap
         return call(*args, **kwargs)
 
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -275,13 +278,13 @@ def _run(lm: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -
             f"model: expected output embeddings that are a plain nn.Linear, got "
             f"{type(head).__name__} with a forward of its own"
         )
-    seen: list[tuple[Tensor, Tensor, Tensor | None, torch.autocast]] = []
+    seen: list[tuple[Tensor, Tensor, int, torch.autocast]] = []
 
     def forward(hidden: Tensor) -> Tensor:
         device = hidden.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         autocast = torch.autocast(device, dtype=dtype, enabled=enabled)
-        seen.append((hidden, head.weight, head.bias, autocast))
+        seen.append((hidden, head.weight, head.weight.shape[0], autocast))
         if type(head.weight.data) is not Tensor or head.weight.dim() != 2:
             raise TypeError(_SHARD)
         return _probe(head.weight.shape[0])
@@ -297,13 +300,13 @@ def _run(lm: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -
         del head.forward
     if len(seen) != 1:
         raise TypeError(f"{_refusal(lm)}: it calls the output embeddings {len(seen)} times")
-    hidden, weight, bias, autocast = seen[0]
+    hidden, weight, vocab, autocast = seen[0]
     if hidden.dim() != 3:
         raise TypeError(f"{_refusal(lm)}: it gives them hidden states {tuple(hidden.shape)}")
-    if weight.untyped_storage().nbytes() == 0:
-        raise TypeError(_SHARD)
-    scale, softcap = _read(lm, _probe(weight.shape[0]), getattr(output, "logits", None))
-    return _Ran(hidden, LMHead(weight, bias, scale, softcap), output, autocast)
+    if weight.untyped_storage().nbytes() == 0 and not hasattr(weight, "ds_id"):
+        raise TypeError(_SHARD)  # full_weight can gather again what ZeRO-3 has let go of
+    scale, softcap = _read(lm, _probe(vocab), getattr(output, "logits", None))
+    return _Ran(hidden, LMHead(head.weight, head.bias, scale, softcap), output, autocast)
 
 
 _SHARD = (
