@@ -1,13 +1,19 @@
 """One test for each bug that this field has shipped in heads without logits; numbers as in
-test_known_bugs.py. Vocabulary-parallel ones (7) are in test_linear_parallel.py, those of models
-(35, 36) in integrations/test_transformers.py."""
+test_known_bugs.py. Those of several processes (7, 36) are in test_linear_parallel.py, ZeRO-3's (35)
+in test_zero3.py; 16 is test_known_bugs.py's."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_kernels import linear_logprob, linear_token_loss, policy_loss
+from rlhf_kernels.backend import why_not
 from test_linear_logprob import inputs
 
 
@@ -38,6 +44,17 @@ def test_per_token_upstream_gradient(device, backend, chunk_tokens):
     for loss in losses:
         for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3)
+
+
+def test_bf16_target_gradient(device, backend):
+    """6. onehot - p cancels in bf16 where a target is likely. Liger 1329, TransformerEngine 3193"""
+    hidden = torch.ones(1, 1, dtype=torch.bfloat16, device=device).requires_grad_()
+    weight = torch.zeros(512, 1, dtype=torch.bfloat16, device=device)
+    weight[7] = 12
+    tokens = torch.tensor([7], device=device)
+    linear_logprob(hidden, weight, tokens, backend=backend).sum().backward()
+    rest = 511 / (511 + torch.tensor(12.0, dtype=torch.float64).exp().item())  # 0.3 %
+    assert hidden.grad.item() == pytest.approx(12 * rest, rel=2**-7)
 
 
 def test_weight_gradient_accumulates_in_float32(device, backend):
@@ -86,6 +103,101 @@ def test_nonuniform_upstream_layout(device, backend):
         got = torch.autograd.grad(out, leaves, grad, retain_graph=True)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("value", [301, -1, 2**40])
+def test_out_of_range_label(device, backend, value, monkeypatch):
+    """14. Uninitialised output for labels outside [0, V). verl's linear cross entropy"""
+    hidden, weight, tokens = inputs(device=device)
+    tokens[30] = value
+    leaf = hidden.clone().requires_grad_()
+    options = {"chunk_tokens": 8, "backend": backend}
+    if device == "cuda":  # to look would make a GPU wait
+        out = linear_logprob(leaf, weight, tokens, **options)
+        assert out.isnan().nonzero().tolist() == [[30]]
+        grad = torch.autograd.grad(out.nansum(), leaf)[0]
+        assert not grad[30].any() and grad.isfinite().all()
+        return
+    expected = rf"expected a value in \[0, 301\) .* got {value} at position 30"
+    with pytest.raises(IndexError, match=expected):
+        linear_logprob(leaf, weight, tokens, **options)
+    with pytest.raises(IndexError, match=expected):
+        linear_token_loss(leaf, weight, tokens, lambda logprob, entropy: (logprob.sum(), None))
+
+
+def test_target_logit_precision(device, backend):
+    """15. Target logit rounded to fp16: up to 0.008 nats. Liger FSLCE"""
+    if backend == "reference":
+        pytest.skip("the reference rounds the logits")
+    hidden = torch.tensor([[1.0, 2**-5]], dtype=torch.float16, device=device)
+    weight = torch.tensor([[100.0, 1.0], [100.0, 0.0]], dtype=torch.float16, device=device)
+    token = torch.tensor([0], device=device)  # its logit is 100 + 1/32; fp16 has 100 and 100 + 1/16
+    expected = torch.tensor([2**-5, 0.0]).log_softmax(0)[0].item()
+    got = linear_logprob(hidden, weight, token, backend=backend)
+    assert got.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_frozen_lm_head_skips_dw(device, backend):
+    """35. A product for the gradient of a weight that takes none. Liger 1441, torchtune 2856"""
+    hidden, weight, tokens = inputs(device=device)
+
+    def flops(**frozen):
+        leaves = [x.clone().requires_grad_(name not in frozen) for name, x in named.items()]
+        with FlopCounterMode(display=False) as counter:
+            loss, _ = linear_token_loss(
+                *(*leaves, tokens, lambda logprob, entropy: (logprob.sum(), None)), backend=backend
+            )
+            loss.backward()
+        return counter.get_total_flops()
+
+    named = {"hidden": hidden, "weight": weight}
+    product = 2 * hidden.numel() * weight.shape[0]
+    assert flops() == 3 * product
+    assert flops(weight=True) == flops(hidden=True) == 2 * product
+
+
+ENTROPY = """
+import re, torch
+from rlhf_kernels import linear_logprob, linear_token_loss
+
+def peak(what):
+    with open("/proc/self/status") as file:
+        return int(re.search(what + r":\\s+(\\d+) kB", file.read())[1]) << 10
+
+hidden = torch.randn(4096, 64, requires_grad=True)
+weight = torch.randn(64000, 64, requires_grad=True)
+tokens = torch.randint(64000, (4096,))
+
+def by_logprob(n):
+    out = linear_logprob(hidden[:n], weight, tokens[:n], with_entropy=True)
+    (out.logprob + 0.01 * out.entropy).sum().backward()
+
+def by_token_loss(n):
+    def loss_fn(logprob, entropy):
+        return (logprob + 0.01 * entropy).sum(), None
+    loss, _ = linear_token_loss(hidden[:n], weight, tokens[:n], loss_fn, with_entropy=True)
+    loss.backward()
+
+for step in (by_logprob, by_token_loss):
+    step(8)  # libraries' own buffers
+    hidden.grad = weight.grad = None
+    before = peak("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    step(4096)
+    print(peak("VmHWM") - before)
+    hidden.grad = weight.grad = None
+"""
+
+
+def test_entropy_memory_spike():
+    """37. 80 GB where 0.23 GB do: the entropy, with its gradient, takes a chunk of logits as the
+    log-probs do, not several tensors of 1 GiB. trl 2799, OpenRLHF 718, verl 1100"""
+    if not Path("/proc/self/clear_refs").exists() or why_not("linear_logprob", "cpu"):
+        pytest.skip("needs Linux, and the compiled kernels")
+    result = subprocess.run([sys.executable, "-c", ENTROPY], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(int(line) < 260 << 20 for line in result.stdout.split()), result.stdout
 
 
 def test_low_precision_log_softmax(device, backend):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import sys
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -248,6 +250,37 @@ def check_fsdp(rank: int) -> None:
         full_weight(weight, reduce="max")
 
 
+def check_ddp(rank: int) -> None:
+    """36. Gradients of a head that only a fused loss touches are averaged over the ranks. trl
+    7245"""
+    if find_spec("transformers") is None:
+        return
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_kernels.integrations.transformers import hidden_forward
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    whole = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes))
+    model = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(whole))
+    for other in range(dist.get_world_size()):
+        ids = torch.randint(VOCAB, (2, 7), generator=torch.Generator().manual_seed(other))
+        logprob = token_logprob(whole(ids).logits[:, :-1], ids[:, 1:])
+        (logprob.sum() / dist.get_world_size()).backward()
+        if other == rank:
+            hidden, head = hidden_forward(model, ids)
+            loss, _ = linear_token_loss(
+                hidden[:, :-1],
+                tokens=ids[:, 1:],
+                loss_fn=lambda logprob, entropy: (logprob.sum(), None),
+                **head._asdict(),
+            )
+            loss.backward()
+    for got, want in zip(model.module.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5)
+
+
 def run_rank(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -270,14 +303,16 @@ def run_rank(rank: int, world: int, store: str) -> None:
     check_errors(rank, world, own)
     check_the_rest(world, own)
     check_fsdp(rank)
+    check_ddp(rank)
     dist.destroy_process_group()
     assert not failures, f"rank {rank}: {len(failures)} failures\n" + "\n".join(failures)
 
 
 @needs_processes
 @pytest.mark.parametrize("world", SHARDS)
-def test_linear_ops_over_shards(world, tmp_path):
-    """Vocabulary parallel, then FSDP2."""
+def test_vocab_parallel_sentinel(world, tmp_path):
+    """7 of test_known_bugs.py, and what else goes over ranks: targets that another shard holds (CCE
+    59, Megatron-LM 7452); weights of FSDP2; DDP (36)."""
     mp.set_forkserver_preload(["rlhf_kernels"])  # imported once, not once a process
     args = (world, str(tmp_path / "store"))
     mp.start_processes(run_rank, args, nprocs=world, start_method="forkserver")
