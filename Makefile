@@ -1,6 +1,8 @@
 # make demo     a small language model goes through SFT, reward model and PPO (SEED=n: another world)
 # make test     the whole test suite (ARGS='-k gae': options for pytest)
 # make bench    the CPU kernels against PyTorch
+# make test-integrations    the adapters, each beside its real host trainer (HOSTS=trl: that one);
+# make bench-integrations   a host's step with and without them
 # make cuda     the CUDA kernels too, for 8.0 and 9.0a (make cuda-all: for every architecture); needs
 #               nvcc, but no GPU
 # make lint     ruff, mypy, clang-format
@@ -13,6 +15,9 @@
 #                                PYTHON=/that/python make test
 VENV_PYTHON ?= python3
 
+# The host trainers in pinned versions, each in a folder that goes before .venv (requirements/hosts).
+HOSTS ?= trl trl-1.12 verl openrlhf
+
 ifdef PYTHON
   RUN := $(PYTHON)
 else
@@ -21,13 +26,16 @@ else
   STAMP := .venv/.installed-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
   COMMAND := .venv/bin/rlhf-train
   EXTRAS := .venv/.triton .venv/.deepspeed
+  FOLDERS := $(HOSTS:%=.venv/hosts/.%)
 endif
 # A process a core, one thread each: tests this small lose by threads (those of threads set their own).
 PARALLEL = $(shell $(RUN) -c 'import xdist' 2>/dev/null && \
              echo --numprocesses=auto --maxprocesses=8 --dist=worksteal -p no:benchmark)
 export PYTHONPATH := $(CURDIR):$(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test bench cuda cuda-all lint venv build clean
+BESIDE = PYTHONPATH=$(CURDIR)/.venv/hosts/$$host:$$PYTHONPATH
+
+.PHONY: demo test test-integrations bench bench-integrations cuda cuda-all lint venv build clean
 
 demo: build
 	$(RUN) -m rlhf_trainer demo $(if $(SEED),--seed $(SEED)) $(ARGS)
@@ -38,6 +46,14 @@ test: build $(EXTRAS)
 	$(if $(PARALLEL),OMP_NUM_THREADS=1) $(RUN) -m pytest $(PARALLEL) $(ARGS)
 	if $(RUN) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 	  $(RUN) -m pytest $(PARALLEL) $(ARGS) || [ $$? -eq 5 ]; fi
+
+test-integrations: build $(FOLDERS)
+	set -e; for host in $(HOSTS); do echo "beside $$host:"; $(BESIDE) OMP_NUM_THREADS=1 \
+	  $(RUN) -m pytest $(PARALLEL) tests/integrations/test_$${host%-*}.py $(ARGS); done
+
+bench-integrations: build $(FOLDERS)
+	set -e; for host in $(HOSTS); do echo "beside $$host:"; $(BESIDE) \
+	  $(RUN) benchmarks/integrations/$${host%-*}.py $(ARGS); done
 
 bench: build
 	$(RUN) -m pytest benchmarks $(ARGS)
@@ -77,6 +93,11 @@ clean:
 	$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet --no-deps triton==3.9.0 \
 	  || echo 'no Triton here: its tests will be skipped'
 	$(RUN) -m pip install --quiet --no-deps --target .venv/triton-3.6 triton==3.6.0 || true
+	touch $@
+
+.venv/hosts/.%: requirements/hosts/%.txt $(STAMP)
+	rm -rf .venv/hosts/$*
+	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .venv/hosts/$* -r $<
 	touch $@
 
 # For the test of ZeRO-3, over processes on the CPU.
