@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_cases import SPEC, Case, Draw, all_cases
+from gpu_case import SPEC, Case, Draw
+from gpu_cases import all_cases
 from rlhf_kernels import build_info, token_logprob_and_grad
 from rlhf_kernels.backend import why_not
 from rlhf_kernels.opspec import Inputs, in_float64, map_tensors, outputs, total_bytes
