@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,17 @@ class Draw:
         return torch.rand(shape, generator=self.generator, device=self.device) < 0.8
 
 
+class Package(NamedTuple):
+    """A peer from another package, which takes part where that is installed."""
+
+    modules: tuple[str, ...]
+    function: Function
+
+    def missing(self) -> str | None:
+        absent = [name for name in self.modules if find_spec(name) is None]
+        return f"not installed: {', '.join(absent)}" if absent else None
+
+
 @dataclass(frozen=True)
 class Case:
     """One line of the table.
@@ -52,11 +64,19 @@ class Case:
         leaves: the arguments whose gradients are taken; of the first output, weighted by random
             numbers in the shape of the argument ``upstream`` (None: a scalar, weighted by 1).
         options: further arguments, for our backends alone. In place each call has its own logits.
+        variants: names of ours -> further arguments, the backend among them.
+        ours: calls the operator, where its arguments are not the inputs.
         output: picks what is compared from what the operator returns; from the formula's likewise.
         sampled: the reference checks some rows: in float64 all would not fit into memory.
         reference: the specification, where the operator's own reference is too large.
+        atol: absolute error allowed beside twice the formula's; None: the operator's.
+        parts: (inputs, gradients) -> what of the gradients is compared, each by its own scale.
         eager, compiled: whether the formula runs in this way.
+        packages: peers' names -> the same from other packages.
         one_call: the operator that writes the gradient in the forward, which takes part too.
+        bare: inputs -> a function of inputs, which runs the matrix products that cannot be avoided
+            and nothing else: it is timed with the others, as what theirs is a multiple of.
+        accumulator: bytes of the float32 gradient that ours adds up beside its workspace.
     """
 
     name: str
@@ -68,12 +88,19 @@ class Case:
     leaves: tuple[str, ...] = ()
     upstream: str | None = None
     options: Inputs = field(default_factory=dict)
+    variants: dict[str, Inputs] = field(default_factory=dict)
+    ours: Function | None = None
     output: Callable[[Any], Any] = lambda result: result
     sampled: bool = False
     reference: Function | None = None
+    atol: float | None = None
+    parts: Callable[[Inputs, list[Tensor]], list[Tensor]] = lambda inputs, gradients: gradients
     eager: bool = True
     compiled: tuple[str, ...] | None = None
+    packages: dict[str, Package] = field(default_factory=dict)
     one_call: str = ""
+    bare: Callable[[Inputs], Function] | None = None
+    accumulator: Callable[[Inputs], int] = lambda inputs: 0
 
 
 def first(result: Any) -> Any:

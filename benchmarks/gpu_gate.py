@@ -211,9 +211,18 @@ def report(out: Path, result: dict[str, Any], stopped: str | None) -> dict[str, 
 
 def good(result: dict[str, Any]) -> bool:
     """Whether nothing of ours failed; a peer may, and what was skipped is no failure."""
-    ours = [x for x in result["failed"] if not x["contestant"].startswith(("eager ", "compile "))]
+    peers = ("eager ", "compile ", "package ")
+    ours = [x for x in result["failed"] if not x["contestant"].startswith(peers)]
     stages = (result["build"], result["tests"])
     return not ours and not any(stage.get("failed") for stage in stages)
+
+
+def memory(figure: dict[str, Any]) -> str:
+    """What the peak is made of."""
+    returned, total = figure["returned_bytes"], figure["accumulator_bytes"]
+    rest = figure["peak_extra_bytes"] - returned - total
+    mib = [round(x / 2**20) for x in (returned, total, rest)]
+    return "MiB: {} returned, {} dW in float32, {} workspace".format(*mib)
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -230,7 +239,7 @@ def table(result: dict[str, Any]) -> list[str]:
         )
     lines.append(f"build: {result['build']}")
     lines.append(f"tests: {result['tests']}")
-    head = f"{'case':<58}{'ours':<15}{'ms':>9}{'of copy':>8}{'MiB':>7}{'faster':>8}  best peer"
+    head = f"{'case':<58}{'ours':<15}{'ms':>9}{'of copy':>13}{'MiB':>7}{'faster':>8}  best peer"
     lines.append(head)
     for case in result["cases"]:
         figures = case.get("contestants", {})
@@ -238,11 +247,14 @@ def table(result: dict[str, Any]) -> list[str]:
         for name, f in figures.items():
             if f["ours"]:
                 faster = f.get("speedup_over_best_peer")
+                bare = "over_bare" in f
+                share = f"{f['over_bare']:.3f}x bare" if bare else f"{f['share_of_copy']:.1%}"
                 lines.append(
-                    f"{case['name'][:57]:<58}{name:<15}{f['ms']:>9.4f}{f['share_of_copy']:>8.1%}"
+                    f"{case['name'][:57]:<58}{name:<15}{f['ms']:>9.4f}{share:>13}"
                     f"{f['peak_extra_bytes'] / 2**20:>7.0f}"
-                    + (f"{faster:>7.1f}x  {peer}" if faster else f"{'-':>8}")
+                    + (f"{faster:>7.{1 + bare}f}x  {peer}" if faster else f"{'-':>8}")
                     + (" (host-bound)" if f["host_bound"] else "")
+                    + (f" ({memory(f)})" if bare else "")
                 )
     for kind in ("failed", "skipped"):
         reasons: dict[tuple[str, str], list[str]] = {}
