@@ -24,6 +24,7 @@ import bench_policy_loss
 import bench_ranking_reward_loss
 import bench_token_logprob
 import bench_value_loss
+import gpu_linear_cases
 from gpu_case import SPEC, Case, Draw, Function, first
 from rlhf_kernels import ClippedSurrogate
 from rlhf_kernels.opspec import Inputs, total_bytes
@@ -351,12 +352,14 @@ def all_cases(dry: bool = False) -> list[Case]:
     ]
     others = others[-1:] if dry else others  # shapes alone make no difference there
     kl_forward, kl_backward = logprob_kl_cases(4096, 151936)
-    cases = [main["forward"], surrogate_case(8192, 151936), gae_case(8192, 2048, "forward")]
-    cases += [*token_loss_cases(8192, 2048), kl_forward]
+    cases = [main["forward"], *gpu_linear_cases.main_cases(), surrogate_case(8192, 151936)]
+    cases += [gae_case(8192, 2048, "forward"), *token_loss_cases(8192, 2048), kl_forward]
     cases += [*masked_cases(8192, 2048), *small_cases(512, 2048), ranking_case(4096, 16)]
     cases += [main["both"], main["backward"], gae_case(512, 1024, "graph")]
+    cases += gpu_linear_cases.further_cases()
     cases += [main["entropy"], main["inplace"], kl_backward]
     cases += [other[what] for what in ("forward", "backward") for other in others]
+    cases += gpu_linear_cases.other_shapes()
     cases += [ranking_case(64, 1024), gae_case(512, 1024, "forward")]
     cases += [other[what] for what in ("both", "entropy", "inplace") for other in others]
     return cases

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_kernels.backend import INTERPRETING, why_not
 from rlhf_kernels.specs import SPECS
@@ -34,14 +35,19 @@ def gate(out: Path, *options: str) -> tuple[int, str, dict]:
     return done.returncode, done.stdout, json.loads((out / "gpu_gate.json").read_text())
 
 
+def is_package(x: dict) -> bool:
+    """A peer that another package brings, or does not."""
+    return x["contestant"].startswith("package ")
+
+
 def test_gpu_gate_dry_run(tmp_path):
     status, printed, result = gate(tmp_path / "out", "--skip-tests", "--commit=abc")
     assert status == 0, printed
-    assert result["failed"] == [] and result["dry_run"]
+    assert result["dry_run"] and not [x for x in result["failed"] if not is_package(x)]
     assert result["machine"]["torch"] and result["commit"]
     assert result["ceilings"]["copy_bytes_per_second"] > 0
     assert result["ceilings"]["matmul_flops_per_second"] > 0
-    operators = {spec.name for spec in SPECS} - {"linear_logprob", "linear_token_loss"}  # not yet
+    operators = {spec.name for spec in SPECS}
     first = [case["op"] for case in result["cases"][: len(operators)]]
     assert len(first) == len(operators) and set(first) == operators  # each before further shapes
     assert {case["mode"] for case in result["cases"]} == {"forward", "backward", "both", "graph"}
@@ -51,7 +57,8 @@ def test_gpu_gate_dry_run(tmp_path):
         fused = "forward + gradient" in case["name"]
         mine = ours | {f"{name}, in one call" for name in ours if fused}
         assert {name for name, figure in figures.items() if figure["ours"]} == mine, case["name"]
-        assert figures[case["best_compiled"]]["ms"] > 0
+        if any(name.startswith("compile ") for name in figures):
+            assert figures[case["best_compiled"]]["ms"] > 0
         for name, figure in figures.items():
             assert figure["ms"] > 0 and figure["error_of_allowed"] <= 1
             assert figure["share_of_copy"] == pytest.approx(
@@ -62,8 +69,19 @@ def test_gpu_gate_dry_run(tmp_path):
             )
             assert figure["ours"] == (name in mine)
         assert case["name"][:57] in printed
-    assert result["skipped"] == []
+    assert all(x["reason"].startswith("not installed: ") for x in result["skipped"])
+    assert all(is_package(x) for x in result["skipped"])
     assert sum("forward + gradient" in case["name"] for case in result["cases"]) == 2
+    linear = [case for case in result["cases"] if case["op"].startswith("linear_")]
+    assert {x["name"] for x in linear} == {x["name"] for x in result["cases"] if "bare" in x}
+    for case in linear:
+        step = case["mode"] == "both"
+        for figure in case["contestants"].values():
+            assert figure["over_bare"] == pytest.approx(figure["ms"] / case["bare"]["ms"])
+            assert figure["returned_bytes"] >= (2 * 2 * 24 * 24 if step else 2 * 24)
+            several = figure["ours"] and "512 MiB" in case["name"]
+            assert figure["accumulator_bytes"] == (4 * 24 * 24 if several else 0)
+    assert "x bare" in printed and "dW in float32" in printed
 
 
 def test_gpu_gate_records_the_tests(tmp_path):
@@ -119,6 +137,62 @@ def test_gpu_gate_prints_no_number_for_a_wrong_result(benchmarks, monkeypatch, e
     assert "reference" in out["contestants"] and "cpu" not in out["contestants"]
     text = {"nan": "not finite", "exception": "RuntimeError: on purpose"}.get(error, "allowed")
     assert list(out["failed"]) == ["cpu"] and text in out["failed"]["cpu"]
+
+
+def linear_step(**changes):
+    """The case of the policy step, smaller still: without the peers in PyTorch."""
+    import gpu_linear_cases
+
+    case = gpu_linear_cases.main_cases()[0]
+    return dataclasses.replace(case, **{"plain": {}, "packages": {}, **changes})
+
+
+@pytest.mark.parametrize("rows", ["all", "tokens that occur", "tokens that do not occur"])
+def test_gpu_gate_sees_a_wrong_gradient_of_a_head(benchmarks, monkeypatch, rows):
+    import gpu_case
+    import gpu_measure
+
+    spec = gpu_case.SPEC["linear_token_loss"]
+
+    def wrong(hidden, weight, tokens, *args, backend: str, **options):
+        if backend == "cpu":
+            occurs = torch.zeros(len(weight), dtype=torch.bool).index_fill(0, tokens, True)
+            chosen = {"all": occurs | True, "tokens that occur": occurs}.get(rows, ~occurs)
+            factor = torch.where(chosen, 1.05, 1.0).to(weight.dtype).unsqueeze(-1)
+            weight = weight.detach() + factor * (weight - weight.detach())
+        return spec.function(hidden, weight, tokens, *args, backend=backend, **options)
+
+    monkeypatch.setitem(gpu_case.SPEC, spec.name, dataclasses.replace(spec, function=wrong))
+    machine, backends = gpu_measure.Cpu(), ("reference", "cpu")
+    out = gpu_measure.measure(machine, linear_step(), backends, 1e9, True, lambda name: None, {})
+    assert list(out["contestants"]) == ["reference"]
+    assert list(out["failed"]) == ["cpu"] and "allowed" in out["failed"]["cpu"]
+
+
+def test_gpu_gate_checks_packages_and_lists_what_they_lack(benchmarks):
+    import gpu_case
+    import gpu_gate
+    import gpu_linear_cases
+    import gpu_measure
+
+    right = gpu_linear_cases.loss_of(
+        gpu_linear_cases.reference_logprob, gpu_linear_cases.clipped_surrogate
+    )
+    packages = {
+        "right": gpu_case.Package(("torch",), right),
+        "wrong": gpu_case.Package(("torch",), lambda **x: 1.1 * right(**x)),
+        "absent": gpu_case.Package(("torch", "no_such_module"), right),
+    }
+    case = linear_step(packages=packages, variants={"another of ours": {"backend": "cpu"}})
+    out = gpu_measure.measure(gpu_measure.Cpu(), case, ("cpu",), 1e9, True, lambda name: None, {})
+    assert list(out["contestants"]) == ["cpu", "another of ours", "package right"]
+    assert [f["ours"] for f in out["contestants"].values()] == [True, True, False]
+    assert out["best_peer"] == "package right"
+    assert "allowed" in out["failed"]["package wrong"] and len(out["failed"]) == 1
+    assert out["skipped"] == {"package absent": "not installed: no_such_module"}
+    result = {"build": {}, "tests": {}, "failed": [{"contestant": "package wrong"}]}
+    assert gpu_gate.good(result)
+    assert not gpu_gate.good({**result, "failed": [{"contestant": "another of ours"}]})
 
 
 WORKER = """
