@@ -24,6 +24,7 @@ from rlhf_kernels.token_logprob import check_range, check_targets
 # Bytes that may be used beside the inputs, the outputs and the returned gradients.
 BUDGET = {"cpu": 128 << 20, "cuda": 1280 << 20}
 LEAST_TOKENS = 128  # of a chunk: with fewer a matrix product starves
+TILE = 128  # tokens that a matrix product takes at once: chunks are multiples, where there is room
 LOW = (torch.bfloat16, torch.float16)
 ADDED_ROWS = 4096  # of a product of 16 bits that are added to dW at a time, on the CPU
 _accumulation = checks.accumulation_dtype
@@ -131,7 +132,7 @@ def logits_reference(hidden: Tensor, head: Head) -> Tensor:
 
 
 def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, vocab: int | None = None) -> int:
-    """Tokens of a chunk: as many as the budget has room for, in chunks of equal size.
+    """Tokens of a chunk: as many as the budget has room for, in chunks of about equal size.
 
     The same with and without gradients, as the last bits of a matrix product depend on how many
     rows it has: log-probs of before the first optimiser step are to have those of the step itself.
@@ -156,8 +157,9 @@ def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, vocab: int | 
     low = hidden.element_size() == 2 and not hidden.is_cuda
     accumulator = (vocab + ADDED_ROWS) * width * 4 if low else 0
     most = max((budget - accumulator) // row, LEAST_TOKENS)
-    chunks = -(-n // most)
-    return -(-n // chunks)
+    even = -(-n // -(-n // most))
+    whole = -(-even // TILE) * TILE
+    return whole if whole <= most else even
 
 
 def used_tokens(tokens: Tensor, ignore_index: int) -> Tensor | None:
