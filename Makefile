@@ -97,7 +97,7 @@ clean:
 
 .venv/hosts/.%: requirements/hosts/%.txt $(STAMP)
 	rm -rf .venv/hosts/$*
-	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .venv/hosts/$* -r $<
+	$(RUN) -m pip install --quiet --no-compile --no-deps --no-build-isolation --target .venv/hosts/$* -r $<
 	touch $@
 
 # For the test of ZeRO-3, over processes on the CPU.
