@@ -121,12 +121,31 @@ def hidden_forward(
 
     Arguments and errors as for ``logprob_forward``.
     """
+    return hidden_output(model, input_ids, attention_mask, **model_kwargs)[:2]
+
+
+class HiddenOutput(NamedTuple):
+    """What ``hidden_output`` returns."""
+
+    hidden: Tensor  # (B, T, H)
+    head: LMHead
+    output: Any  # the model's own, but its logits, which are made up
+    autocast: torch.autocast  # as it was at the head
+
+
+def hidden_output(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **model_kwargs: Any,
+) -> HiddenOutput:
+    """``hidden_forward``, with what else the model returns: for those who hand that on."""
     with patched(model):
-        hidden, scale, softcap = model(
+        hidden, scale, softcap, output, autocast = model(
             input_ids=input_ids, attention_mask=attention_mask, return_hidden=True, **model_kwargs
         )
     head = _causal_lm(model).get_output_embeddings()  # not through what wraps the model
-    return hidden, LMHead(head.weight, head.bias, scale, softcap)
+    return HiddenOutput(hidden, LMHead(head.weight, head.bias, scale, softcap), output, autocast)
 
 
 def patch(model: nn.Module) -> None:
@@ -207,7 +226,7 @@ def _forward_of(lm: PreTrainedModel) -> Callable[..., Any]:
             return _logprob_output(self, call, {**given, **kwargs})
         if return_hidden:
             ran = _run(self, call, {**signature.bind_partial(*args).arguments, **kwargs})
-            return ran.hidden, ran.head.logit_scale, ran.head.softcap
+            return ran.hidden, *ran.head[2:], ran.output, ran.autocast
         return call(*args, **kwargs)
 
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)

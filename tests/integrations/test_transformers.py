@@ -19,6 +19,7 @@ from rlhf_kernels import linear_token_loss  # noqa: E402
 from rlhf_kernels.integrations.transformers import (  # noqa: E402
     LogprobOutput,
     hidden_forward,
+    hidden_output,
     logprob_forward,
     patch,
     patched,
@@ -275,6 +276,21 @@ def test_no_logits_exist():
     with Largest() as largest:
         model(input_ids)
     assert largest.elements == input_ids.numel() * V
+
+
+def test_hidden_output_hands_on_what_else_the_model_returns():
+    model, (input_ids, mask) = make("mixtral", output_router_logits=True), batch()
+    own = model(input_ids, attention_mask=mask, output_hidden_states=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, head, output, autocast = hidden_output(
+            model, input_ids, mask, output_hidden_states=True
+        )
+    assert autocast.fast_dtype == torch.bfloat16 and head.weight is model.lm_head.weight
+    hidden, head, output, _ = hidden_output(model, input_ids, mask, output_hidden_states=True)
+    assert type(output) is type(own) and output.past_key_values is None
+    torch.testing.assert_close(output.aux_loss, own.aux_loss)
+    torch.testing.assert_close(output.hidden_states[-1], own.hidden_states[-1])
+    torch.testing.assert_close(hidden @ head.weight.T, own.logits)
 
 
 def test_hidden_forward_serves_linear_token_loss():
