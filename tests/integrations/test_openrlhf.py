@@ -34,7 +34,7 @@ import openrlhf.trainer.dpo_trainer as dpo_trainer  # noqa: E402
 import openrlhf.trainer.ppo_utils.experience_maker as experience_maker  # noqa: E402
 import openrlhf.trainer.ray.ppo_actor as ppo_actor  # noqa: E402
 import openrlhf.trainer.sft_trainer as sft_trainer  # noqa: E402
-from openrlhf.models import Actor, ValueLoss, aggregate_loss  # noqa: E402
+from openrlhf.models import Actor, ValueLoss  # noqa: E402
 from openrlhf.models import utils as models_utils  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
 
@@ -442,7 +442,7 @@ def batch(rows=3, length=9, actions=4, seed=1, left=2):
     sequences, attention = torch.randint(3, V, (rows, length)), torch.ones(rows, length).long()
     attention[0, :left], attention[1, -2:] = 0, 0
     mask = torch.ones(rows, actions).long()
-    mask[1, -2:], mask[2, 1] = 0, 0
+    mask[1, -2:], mask[-1, 1] = 0, 0
     return sequences.masked_fill(attention == 0, 0), mask, attention
 
 
@@ -893,18 +893,17 @@ print(ppo_actor.compute_approx_kl.__code__.co_filename == adapter.__file__)
     )
 
 
-def run_python(code, **environment):
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([*sys.path, str(root / "tests" / "integrations")])
+def run_python(code):
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def environment(**more):
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
 def test_the_reference_backend_is_the_original(monkeypatch, served):
@@ -929,3 +928,318 @@ def test_under_compile():
         expected = step(logits, labels)
         got = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, labels)
     torch.testing.assert_close(got, expected)
+
+
+# --- its trainers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    """The folder of a tiny Llama; an Actor of it has 16 bits, which the tests undo."""
+    language_model().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def actor_of(folder, **options):
+    actor = Actor(folder, attn_implementation="eager", param_dtype="bf16", **options)
+    return actor.float()
+
+
+class Strategy:
+    """DeepSpeed's place: an optimizer, and one step for each backward."""
+
+    ring_attn_group = None
+    accumulated_gradient = 1
+
+    def __init__(self, args):
+        self.args = args
+
+    def is_rank_0(self):
+        return False
+
+    def all_reduce(self, value):
+        return value
+
+    def backward(self, loss, model, optimizer):
+        loss.backward()
+
+    def optimizer_step(self, optimizer, model, scheduler, name=None):
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def get_grad_norm(self, model):
+        return 0.0
+
+
+def digest(module):
+    """A number that changes when any weight does."""
+    return float(sum(p.detach().double().abs().sum() for p in module.parameters()))
+
+
+def assert_same_numbers(run, spied):
+    """``run`` gives rows of numbers; the same with and without the patch, and through ours."""
+    want = run()
+    assert not any(spied.values())
+    with adapter.patched():
+        got = run()
+    assert all(spied.values()), spied
+    assert len(got) == len(want) > 1
+    for row, own in zip(got, want, strict=True):
+        assert row == pytest.approx(own, rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """Called with names of our operators: how often the adapter calls each."""
+    counts = {}
+
+    def watch(*names):
+        for name in names:
+            counts[name] = 0
+            monkeypatch.setattr(adapter, name, counting(name, getattr(adapter, name)))
+        return counts
+
+    def counting(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    return watch
+
+
+def run_ppo(folder, monkeypatch, estimator, kl, use_loss, packing=False):
+    """Experience and training steps of PPO as the host has them; no Ray, no vLLM, no DeepSpeed."""
+    torch.manual_seed(0)
+    advantage = SimpleNamespace(estimator=estimator, gamma=1.0, lambd=0.95, no_std_norm=False)
+    kl = SimpleNamespace(
+        estimator=kl, use_loss=use_loss, init_coef=0.05, unbiased_gradient=kl == "k2"
+    )
+    penalties = {"overlong_buffer_len": None, "stop_properly_penalty_coef": None}
+    flags = dict.fromkeys(
+        "colocate_all colocate_actor_ref colocate_critic_reward dynamic_batch_enable".split(), False
+    )
+    args = SimpleNamespace(
+        algo=SimpleNamespace(advantage=advantage, kl=kl),
+        reward=SimpleNamespace(clip_range=(-10, 10), **penalties),
+        rollout=SimpleNamespace(n_samples_per_prompt=2),
+        ds=SimpleNamespace(ring_attn_size=1, tensor_parallel_size=1, packing_samples=packing),
+        train=SimpleNamespace(**flags),
+        actor=SimpleNamespace(entropy_coef=0.01, aux_loss_coef=0),
+    )
+    actor, reference = (actor_of(folder, temperature=0.9) for _ in range(2))
+    with torch.no_grad():
+        reference.model.lm_head.weight.mul_(0.9)
+    critic = nn.Linear(V, 1)
+    maker = Maker.__new__(Maker)
+    maker.args, maker.strategy, maker.advantage_estimator = args, Strategy(args), estimator
+    maker.kl_ctl = SimpleNamespace(value=0.05)
+    maker.actor_model_group, maker.initial_model_group = actor, reference
+    maker.critic_model_group = lambda s, m, a: critic(nn.functional.one_hot(s, V).float()).squeeze(
+        -1
+    )[:, -m.shape[1] - 1 : -1]
+    maker.reward_model_group = None
+    maker._dispatch_forward = lambda group, sync, **given: [
+        group(*each)
+        for each in zip(
+            given["sequences"], given["action_mask"], given["attention_mask"], strict=True
+        )
+    ]
+    maker._flatten_results = lambda results, factor: results
+    monkeypatch.setattr(experience_maker, "ray", SimpleNamespace(put=lambda x: x))
+    optimizer = torch.optim.Adam(actor.parameters(), 1e-3)
+    trainer = ppo_actor.ActorPPOTrainer.__new__(ppo_actor.ActorPPOTrainer)
+    trainer.strategy, trainer.args, trainer.actor = Strategy(args), args, actor
+    trainer.actor_loss_fn = ppo_actor.PolicyLoss(dual_clip=3.0)
+    trainer.actor_optim, trainer.actor_scheduler = (
+        optimizer,
+        SimpleNamespace(get_last_lr=lambda: [1e-3]),
+    )
+    trainer.ema_model, trainer.aux_loss, trainer.replay_buffer = None, False, None
+    value_loss = ValueLoss(0.2)
+    rows = []
+    for step in range(2):
+        samples = []
+        for i in (0, 2):
+            sequences, mask, attention = batch(rows=2, length=12, actions=6, seed=step + i, left=1)
+            if i:
+                mask[0, 2:4] = 0  # an interior gap
+            samples.append(
+                Experience(
+                    sequences=sequences,
+                    attention_mask=attention,
+                    action_mask=mask.bool(),
+                    rewards=torch.rand(2),
+                    index=[i, i + 1],
+                    info={},
+                    response_length=mask.sum(1),
+                    truncated=torch.zeros(2),
+                )
+            )
+        samples = maker.compute_advantages_and_returns(maker.make_experience(samples))
+        for sample in samples:
+            status = trainer.training_step(sample, kl_ctl=0.05, step=0)["metrics"]
+            row = {n: float(x.float().mean()) for n, x in status.items() if torch.is_tensor(x)}
+            row["advantages"] = float(sample.advantages.abs().sum())
+            row["returns"] = float(sample.returns.abs().sum())
+            if sample.values is not None:
+                row["value_loss"] = float(
+                    value_loss(
+                        sample.values * 1.1, sample.values, sample.returns, sample.action_mask
+                    )
+                )
+            rows.append(row)
+    return [*rows, {"weights": digest(actor)}]
+
+
+@pytest.mark.parametrize(
+    "estimator, kl, use_loss, operators",
+    [
+        ("gae", "k1", False, ("linear_logprob", "gae")),
+        ("reinforce_baseline", "k3", True, ("linear_logprob", "gae", "kl_estimate")),
+        ("group_norm", "k2", True, ("linear_logprob", "gae")),
+    ],
+)
+def test_ppo(saved_model, monkeypatch, spied, estimator, kl, use_loss, operators):
+    assert_same_numbers(
+        lambda: run_ppo(saved_model, monkeypatch, estimator, kl, use_loss), spied(*operators)
+    )
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_sft(saved_model, spied, gradient_checkpointing):
+    def run():
+        torch.manual_seed(0)
+        samples = []
+        for length in (5, 9, 7, 8, 6, 11):
+            ids = torch.randint(3, V, (1, length))
+            mask = torch.ones(1, length)
+            mask[0, :2], mask[0, -1] = 0, 0
+            samples.append((ids, torch.ones_like(ids), mask))
+        args = SimpleNamespace(
+            train=SimpleNamespace(batch_size=1),
+            model=SimpleNamespace(aux_loss_coef=0.0),
+            eval=SimpleNamespace(steps=2),
+            ckpt=SimpleNamespace(save_steps=-1, path=None),
+            logger=SimpleNamespace(
+                wandb=SimpleNamespace(key=None), tensorboard_dir=None, logging_steps=1
+            ),
+            ds=SimpleNamespace(packing_samples=False),
+        )
+        actor = actor_of(saved_model)
+        if gradient_checkpointing:
+            actor.gradient_checkpointing_enable()
+        actor.model.global_steps = 0  # of DeepSpeed's engine
+        trainer = sft_trainer.SFTTrainer(
+            actor,
+            Strategy(args),
+            torch.optim.Adam(actor.parameters(), 1e-3),
+            samples,
+            samples[:2],
+            SimpleNamespace(get_last_lr=lambda: [1e-3]),
+            max_epochs=1,
+        )
+        rows = []
+
+        def log(args, step, bar, logs, states):
+            rows.append({n: float(x) for n, x in logs.items()})
+            actor.model.global_steps += 1
+
+        trainer.save_logs_and_checkpoints = log
+        trainer.train_dataloader = Loader(samples)
+        trainer.fit(args)
+        losses = []
+        loss_fn = trainer.loss_fn
+        trainer.loss_fn = lambda *a, **k: losses.append(loss_fn(*a, **k)) or losses[-1]
+        trainer.evaluate(samples[:2])
+        return [*rows, {"evaluation": float(sum(losses)), "weights": digest(actor)}]
+
+    assert_same_numbers(run, spied("linear_logprob"))
+
+
+class Loader(list):
+    sampler = None
+
+
+def test_dpo(saved_model, spied):
+    def run():
+        torch.manual_seed(0)
+        policy, reference = actor_of(saved_model), actor_of(saved_model)
+        reference.requires_grad_(False)
+        with torch.no_grad():
+            reference.model.lm_head.weight.mul_(0.9)
+        trainer = dpo_trainer.DPOTrainer.__new__(dpo_trainer.DPOTrainer)
+        trainer.strategy, trainer.tokenizer = Strategy(None), SimpleNamespace(pad_token_id=0)
+        loss_fn = dpo_trainer.DPOLoss(0.1)
+        optimizer = torch.optim.Adam(policy.parameters(), 1e-3)
+        rows = []
+        for _ in range(3):
+            chosen, rejected = torch.randint(3, V, (2, 9)), torch.randint(3, V, (2, 7))
+            given = chosen, torch.ones_like(chosen), rejected, torch.ones_like(rejected), [3, 2]
+            win, lose, aux, nll = trainer.concatenated_forward(policy, *given)
+            with torch.no_grad():
+                ref_win, ref_lose, _, _ = trainer.concatenated_forward(reference, *given)
+            loss, chosen_reward, rejected_reward = loss_fn(win, lose, ref_win, ref_lose)
+            assert aux == []
+            (loss + 0.1 * nll).backward()
+            optimizer.step(), optimizer.zero_grad()
+            numbers = (loss, nll, chosen_reward.mean(), rejected_reward.mean())
+            rows.append([float(x) for x in numbers])
+        return [*rows, [digest(policy)]]
+
+    assert_same_numbers(run, spied("linear_logprob"))
+
+
+def test_packed_samples_take_the_kernels_of_logits(spied, monkeypatch):
+    """They go to the original, which calls our functions of logits."""
+    actor, (sequences, mask, attention) = make_actor(temperature=0.7), batch()
+    actor.packing_samples = True
+
+    def run():
+        out = actor(sequences, mask, attention, return_output=True, return_entropy=True)
+        return [[float(x) for x in out[0].flatten()], [float(x) for x in out[1].entropy.flatten()]]
+
+    assert_same_numbers(run, spied("token_logprob"))
+
+
+# --- its own tests --------------------------------------------------------------------------------
+
+
+def host_tests():
+    folder = Path(importlib.util.find_spec("openrlhf").origin).parents[1] / "tests"
+    return folder if (folder / "test_kl_estimator_gradient.py").exists() else None
+
+
+FILES = (
+    "actor_entropy_temperature kl_estimator_gradient loss_aggregation reward_shaping sft_trainer"
+)
+
+
+@pytest.mark.skipif(host_tests() is None, reason="openrlhf's tests are not beside it")
+def test_the_tests_of_the_host(tmp_path):
+    """Its tests of what is replaced: as many pass with the patch as without."""
+    files = [str(host_tests() / f"test_{name}.py") for name in FILES.split()]
+    options = ["-q", "-p", "openrlhf_stubs", "-p", "no:cacheprovider", "-c", os.devnull]
+    calls = tmp_path / "calls"
+    counts = []
+    for patched in ({}, {"OPENRLHF_CALLS": str(calls)}):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *options, "--rootdir", str(host_tests()), *files],
+            env=environment(OPENRLHF_TESTS="1", **patched),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        counts.append(re.search(r"(\d+) passed", done.stdout).group(1))
+    assert counts[0] == counts[1] and int(counts[0]) > 80
+    called = set(calls.read_text().split())
+    assert called >= {
+        "Actor.forward",
+        "log_probs_from_logits",
+        "compute_entropy",
+        "compute_approx_kl",
+        "RemoteExperienceMaker.get_advantages_and_returns",
+        "RemoteExperienceMaker.get_cumulative_returns",
+    }
