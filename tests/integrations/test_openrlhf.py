@@ -803,6 +803,40 @@ def test_actor_keeps_nan_where_the_host_has_it(served):
     assert (got[mask == 0] == 0).all()
 
 
+class Engine(nn.Module):
+    """A wrapper that hands calls on, and has autocast inside of its own forward only."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("call", ["actions", "all of it"])
+def test_actor_of_an_engine_with_autocast(call, served):
+    actor, given = make_actor(temperature=0.6), batch(8, 30, 20, left=0)
+    args, kwargs = CALLS[call](*given)
+    exact = actor(*args, **kwargs)
+    actor.model = Engine(actor.model)
+    want = actor(*args, **kwargs)
+    host_gradients = gradients(actor, want)
+    with adapter.patched():
+        got = actor(*args, **kwargs)
+        ours = gradients(actor, got)
+    assert served and ours.keys() == host_gradients.keys()
+    for name, gradient in host_gradients.items():
+        assert ours[name].dtype == gradient.dtype
+        assert (ours[name] - gradient).norm() < 0.03 * gradient.norm(), name
+    if call == "all of it":
+        torch.testing.assert_close(got[1].logits, want[1].logits, atol=0, rtol=0)
+        got, want, exact = got[0], want[0], exact[0]
+    assert not torch.equal(want, exact)  # in 16 bits
+    assert_close_to_truth(got, want, exact, atol=1e-4)
+
+
 def test_actor_makes_no_logits(served):
     from torch.utils._python_dispatch import TorchDispatchMode
 
