@@ -27,7 +27,6 @@ What is left alone, and why, is in ``report()``.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import types
 import weakref
@@ -248,7 +247,6 @@ def _forward(original: Any, strict: bool) -> Any:
         return_entropy: bool = False,
         **mm_inputs: Any,
     ) -> Any:
-        ran = None
         if (
             (action_mask is not None or return_logprobs)
             and (return_output or not return_entropy)
@@ -257,47 +255,68 @@ def _forward(original: Any, strict: bool) -> Any:
             and _is_plain(self)
             and _is_batch(sequences, attention_mask, action_mask)
         ):
-            use_cache = None if return_output else False  # None: as the configuration says
-            ran = _run(self.model, sequences, attention_mask, use_cache=use_cache)
-        if ran is None:
-            return original(
-                self,
-                sequences,
-                action_mask,
-                attention_mask,
-                return_output=return_output,
-                allgather_logits=allgather_logits,
-                return_logprobs=return_logprobs,
-                ring_attn_group=ring_attn_group,
-                packed_seq_lens=packed_seq_lens,
-                return_entropy=return_entropy,
-                **mm_inputs,
-            )
-        tokens, hidden = sequences[:, 1:], ran.hidden[:, :-1]
-        if action_mask is not None and not return_entropy:  # which is that of all positions
-            actions = slice(tokens.shape[1] - action_mask.shape[1], None)
-            tokens, hidden = tokens[:, actions], hidden[:, actions]
-            if not strict:
-                tokens = tokens.masked_fill(action_mask == 0, IGNORED)
-        options = ran.head._asdict() | {
-            "temperature": self.temperature,
-            "ignore_index": NO_TOKEN if strict else IGNORED,
-            "with_entropy": return_entropy,
-        }
-        with ran.autocast:
-            result = linear_logprob(hidden, tokens=tokens, **options)
-        logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
-        logprob = logprob.float()
-        if action_mask is not None:
-            logprob = logprob[:, -action_mask.shape[1] :] * action_mask.float()
-        if not return_output:
-            return logprob
-        _make_logits_later(ran, self.temperature)
-        if entropy is not None:
-            ran.output.entropy = entropy.float()
-        return logprob, ran.output
+            wanted = return_output, return_entropy
+            result = _serve(self, sequences, action_mask, attention_mask, *wanted, strict)
+            if result is not None:
+                return result
+        return original(
+            self,
+            sequences,
+            action_mask,
+            attention_mask,
+            return_output=return_output,
+            allgather_logits=allgather_logits,
+            return_logprobs=return_logprobs,
+            ring_attn_group=ring_attn_group,
+            packed_seq_lens=packed_seq_lens,
+            return_entropy=return_entropy,
+            **mm_inputs,
+        )
 
     return forward
+
+
+@torch.compiler.disable  # what runs the model below is not compiled as a whole either
+def _serve(
+    actor: Any,
+    sequences: Tensor,
+    action_mask: Tensor | None,
+    attention_mask: Tensor,
+    return_output: bool,
+    return_entropy: bool,
+    strict: bool,
+) -> Any:
+    """What ``forward`` returns, or None: the original has to."""
+    use_cache = None if return_output else False  # None: as the configuration says
+    ran = _run(actor.model, sequences, attention_mask, use_cache=use_cache)
+    if ran is None:
+        return None
+    tokens, hidden = sequences[:, 1:], ran.hidden[:, :-1]
+    if action_mask is not None and not return_entropy:  # which is that of all positions
+        actions = slice(tokens.shape[1] - action_mask.shape[1], None)
+        tokens, hidden = tokens[:, actions], hidden[:, actions]
+        if not strict:
+            tokens = tokens.masked_fill(action_mask == 0, IGNORED)
+    options = ran.head._asdict() | {
+        "temperature": actor.temperature,
+        "ignore_index": NO_TOKEN if strict else IGNORED,
+        "with_entropy": return_entropy,
+    }
+    try:
+        with ran.autocast:
+            result = linear_logprob(hidden, tokens=tokens, **options)
+    except IndexError:  # the embedding has more tokens than the head
+        return None
+    logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
+    logprob = logprob.float()
+    if action_mask is not None:
+        logprob = logprob[:, -action_mask.shape[1] :] * action_mask.float()
+    if not return_output:
+        return logprob
+    _make_logits_later(ran, actor.temperature)
+    if entropy is not None:
+        ran.output.entropy = entropy.float()
+    return logprob, ran.output
 
 
 def _is_plain(actor: Any) -> bool:
@@ -306,7 +325,7 @@ def _is_plain(actor: Any) -> bool:
         not getattr(actor, "packing_samples", True)  # where there is none the host raises
         and not getattr(actor, "is_vlm", False)
         and type(temperature) in (int, float)
-        and 0 < temperature < math.inf
+        and 1e-30 < temperature < 1e30
     )
 
 

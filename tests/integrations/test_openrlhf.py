@@ -779,6 +779,25 @@ def test_a_head_that_cannot_be_expressed_is_tried_once(served, monkeypatch):
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
 
 
+def test_tokens_beyond_the_head_are_the_host_s_error():
+    actor, (sequences, mask, attention) = make_actor(), batch()
+    actor.model.lm_head = nn.Linear(32, V - 1, bias=False)
+    sequences[1, 6] = V - 1
+    want = outcome(actor, sequences, mask, attention)
+    with adapter.patched():
+        assert outcome(actor, sequences, mask, attention) == want
+    assert want.startswith("RuntimeError")
+
+
+def test_actor_that_is_compiled(served):
+    actor, given = make_actor(temperature=0.6), batch()
+    want = actor(*given)
+    with adapter.patched():
+        got = torch.compile(actor, backend="eager")(*given)
+    assert served
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
 def test_actor_with_dropout_draws_the_same(served):
     actor, given = make_actor(attention_dropout=0.5), batch()
     actor.train()
