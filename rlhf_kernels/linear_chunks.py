@@ -26,6 +26,7 @@ BUDGET = {"cpu": 128 << 20, "cuda": 1280 << 20}
 LEAST_TOKENS = 128  # of a chunk: with fewer a matrix product starves
 TILE = 128  # tokens that a matrix product takes at once: chunks are multiples, where there is room
 LOW = (torch.bfloat16, torch.float16)
+NOTHING_IGNORED = torch.iinfo(torch.int64).min  # an ignore_index for which nobody looks
 ADDED_ROWS = 4096  # of a product of 16 bits that are added to dW at a time, on the CPU
 _accumulation = checks.accumulation_dtype
 
@@ -165,8 +166,11 @@ def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, vocab: int | 
 def used_tokens(tokens: Tensor, ignore_index: int) -> Tensor | None:
     """Indices of the positions that are scored; None: all, or not worth looking.
 
-    To look waits for the device, so in a CUDA graph everything goes through the matrix product.
+    To look waits for the device, so in a CUDA graph everything goes through the matrix product, and
+    so it does where ``ignore_index`` is NOTHING_IGNORED.
     """
+    if ignore_index == NOTHING_IGNORED:
+        return None
     if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     used = tokens != ignore_index

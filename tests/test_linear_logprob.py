@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from compare import assert_close_to_truth
 from rlhf_kernels import linear_chunks, linear_logprob, linear_token_loss, token_logprob
@@ -96,6 +97,23 @@ def test_ignored_positions_reach_no_product(device, backend):
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     assert (results[1][0][::3] == 0).all() and (results[1][1][::3] == 0).all()
+
+
+def test_nobody_looks_for_what_is_never_ignored():
+    """To look would wait for the device; fake tensors have no values to look at."""
+    with FakeTensorMode():
+        tokens = torch.zeros(3, dtype=torch.int64)
+        assert linear_chunks.used_tokens(tokens, linear_chunks.NOTHING_IGNORED) is None
+        with pytest.raises(DataDependentOutputException):
+            linear_chunks.used_tokens(tokens, -100)
+
+
+@pytest.mark.parametrize("token", [-100, -1, 7])
+def test_without_an_ignored_token_each_one_outside_is_an_error(token):
+    hidden, weight = torch.ones(2, 4), torch.ones(7, 4)
+    with pytest.raises(IndexError, match=rf"\[0, 7\) or ignore_index, got {token} at"):
+        tokens = torch.tensor([3, token])
+        linear_logprob(hidden, weight, tokens, ignore_index=linear_chunks.NOTHING_IGNORED)
 
 
 def test_same_bits_with_and_without_a_gradient(device, backend):
