@@ -61,13 +61,33 @@ class Replacement:
         return self.path.partition(":")[2]
 
 
+@dataclass(frozen=True)
+class Addition:
+    """Something that a host's own registry takes, put there when its module is loaded.
+
+    Attributes:
+        path: "package.module:name" of what is added, for the report.
+        add: called as add(module, strict); returns the function that takes it out again.
+        what: what is computed, for the report.
+    """
+
+    path: str
+    add: Callable[[types.ModuleType, bool], Callable[[], None]]
+    what: str
+
+    @property
+    def module(self) -> str:
+        return self.path.partition(":")[0]
+
+
 @dataclass
 class Entry:
     """A line of the report.
 
     Attributes:
         path: of the function.
-        status: replaced | waiting (its module is not loaded yet) | left alone | not patched.
+        status: replaced | added (to a registry) | waiting (its module is not loaded yet) |
+            left alone | not patched.
         modules: where the replacement is, ``module.name``.
         reason: why it was left alone; for the others what is computed.
     """
@@ -111,6 +131,7 @@ class Host:
         tested: versions (major, minor) that the replacements were tested with.
         replacements: what is replaced.
         left_alone: "module:name" -> why it is not replaced, for the report.
+        additions: what is added to its registries.
     """
 
     def __init__(
@@ -119,13 +140,16 @@ class Host:
         tested: Sequence[tuple[int, int]],
         replacements: Sequence[Replacement],
         left_alone: dict[str, str],
+        additions: Sequence[Addition] = (),
     ):
         self.package, self.tested = package, tuple(tested)
         self.replacements, self.left_alone = tuple(replacements), left_alone
+        self.additions = tuple(additions)
         self._on = False
         self._strict = True
         self._swaps: dict[str, tuple[Any, Any]] = {}  # path -> original, ours
         self._refused: dict[str, str] = {}
+        self._added: dict[str, Callable[[], None]] = {}  # path -> what takes it out again
 
     # ---- what the modules of the adapters export ------------------------------------------------
 
@@ -161,7 +185,7 @@ class Host:
                     stacklevel=2,
                 )
             _Finder.install()
-            for module in {r.module for r in self.replacements} & sys.modules.keys():
+            for module in self._modules() & sys.modules.keys():
                 self._loaded(sys.modules[module])
 
     def unpatch(self) -> None:
@@ -175,7 +199,9 @@ class Host:
                 else:
                     for holder, held in list(self._holders(ours)):
                         setattr(holder, held, original)
-            self._swaps, self._on = {}, False
+            for take_out in self._added.values():
+                take_out()
+            self._swaps, self._added, self._on = {}, {}, False
 
     @contextlib.contextmanager
     def patched(self, *, strict: bool = True) -> Iterator[None]:
@@ -193,7 +219,7 @@ class Host:
         """What was replaced, in which modules, and what was left alone and why."""
         version = self.version()
         with _lock:
-            entries = [self._entry(r) for r in self.replacements if version is not None]
+            entries = [self._entry(item) for item in self._items if version is not None]
         entries += [Entry(path, "left alone", [], why) for path, why in self.left_alone.items()]
         return Report(f"{self.package} {version or 'is not installed'}", entries)
 
@@ -204,7 +230,7 @@ class Host:
             return Report(f"{self.package} is not installed", [])
         problems: dict[str, str] = {}
         with self.patched(strict=self._strict):
-            for module in dict.fromkeys(r.module for r in self.replacements):
+            for module in sorted(self._modules()):
                 try:
                     importlib.import_module(module)
                 except Exception as error:
@@ -229,8 +255,15 @@ class Host:
         numbers = version.split(".")
         return ".".join(numbers[:2]) in {f"{major}.{minor}" for major, minor in self.tested}
 
+    @property
+    def _items(self) -> list[Replacement | Addition]:
+        return [*self.replacements, *self.additions]
+
+    def _modules(self) -> set[str]:
+        return {item.module for item in self._items}
+
     def waits_for(self, module: str) -> bool:
-        return self._on and any(r.module == module for r in self.replacements)
+        return self._on and module in self._modules()
 
     def _loaded(self, module: types.ModuleType) -> None:
         """Replace what a module defines, which has just been loaded."""
@@ -240,6 +273,12 @@ class Host:
             for replacement in self.replacements:
                 if replacement.module == module.__name__ and replacement.path not in self._swaps:
                     self._replace(replacement, module)
+            for addition in self.additions:
+                if addition.module == module.__name__ and addition.path not in self._added:
+                    try:
+                        self._added[addition.path] = addition.add(module, self._strict)
+                    except Exception as error:
+                        self._refused[addition.path] = f"this version does not take it: {error!r}"
 
     def _replace(self, replacement: Replacement, module: types.ModuleType) -> None:
         original = _find(module, replacement.name)
@@ -284,15 +323,17 @@ class Host:
                     if held is value:
                         yield module, attribute
 
-    def _entry(self, replacement: Replacement) -> Entry:
-        path = replacement.path
+    def _entry(self, item: Replacement | Addition) -> Entry:
+        path = item.path
+        if path in self._added:
+            return Entry(path, "added", [path.replace(":", ".")], item.what)
         if path in self._swaps:
             ours = self._swaps[path][1]
             modules = [f"{module.__name__}.{name}" for module, name in self._holders(ours)]
-            return Entry(path, "replaced", modules or [path.replace(":", ".")], replacement.what)
+            return Entry(path, "replaced", modules or [path.replace(":", ".")], item.what)
         if path in self._refused:
             return Entry(path, "left alone", [], self._refused[path])
-        return Entry(path, "waiting" if self._on else "not patched", [], replacement.what)
+        return Entry(path, "waiting" if self._on else "not patched", [], item.what)
 
 
 def _find(module: Any, name: str) -> Any:

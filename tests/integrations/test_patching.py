@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf_kernels.integrations import patching
-from rlhf_kernels.integrations.patching import Host, Replacement, signature_of
+from rlhf_kernels.integrations.patching import Addition, Host, Replacement, signature_of
 
 CORE = """
 import torch
@@ -23,6 +23,8 @@ def double(x, factor: "float" = 2.0) -> torch.Tensor:
 
 def unlike(x, other=None):
     return x
+
+REGISTRY = {}
 
 class Maker:
     def triple(self, x):
@@ -58,6 +60,15 @@ def make_double(original, strict):
     return ours
 
 
+def register(module, strict):
+    module.REGISTRY["ours"] = strict
+    return lambda: module.REGISTRY.pop("ours")
+
+
+def register_where_nothing_is(module, strict):
+    module.OTHER["ours"] = strict
+
+
 @pytest.fixture
 def host(tmp_path, monkeypatch):
     """A package ``fakehost`` of version 1.2, and its Host."""
@@ -82,6 +93,10 @@ def host(tmp_path, monkeypatch):
             Replacement(half, "(x)", lambda f, strict: lambda x: x * 0.5, one_call, "halves"),
         ],
         {"fakehost.core:Maker.triple": "it is fast enough"},
+        [
+            Addition("fakehost.core:REGISTRY['ours']", register, "is ours"),
+            Addition("fakehost.core:OTHER['ours']", register_where_nothing_is, "has no place"),
+        ],
     )
     monkeypatch.setattr(patching, "_hosts", [*patching._hosts, made])
     before = list(sys.meta_path)
@@ -164,6 +179,24 @@ def test_patch_is_idempotent_and_nests(host):
     assert core.double is original
     host.unpatch()
     assert core.double is original
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_registry_gets_what_is_ours_and_loses_it(host, when):
+    if when == "after":
+        load("core")
+    host.patch(strict=False)
+    core = load("core")
+    host.patch(strict=False)
+    assert core.REGISTRY == {"ours": False}
+    entries = {entry.path: entry for entry in host.report()}
+    added = entries["fakehost.core:REGISTRY['ours']"]
+    assert (added.status, added.reason) == ("added", "is ours")
+    refused = entries["fakehost.core:OTHER['ours']"]
+    assert refused.status == "left alone" and "does not take it: AttributeError" in refused.reason
+    host.unpatch()
+    assert core.REGISTRY == {}
+    assert {entry.status for entry in host.report()} == {"not patched", "left alone"}
 
 
 def test_strict(host):
