@@ -1,0 +1,593 @@
+"""verl on our kernels: each function against its own, who calls it, the plugin, verl's tests."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from compare import assert_close_to_truth
+
+pytest.importorskip("verl", reason="verl is not installed: see requirements/hosts/verl.txt")
+core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+functional = importlib.import_module("verl.utils.torch_functional")
+fused = importlib.import_module("verl.utils.experimental.torch_functional")
+linear_cross_entropy_module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+
+from rlhf_kernels.integrations import verl as adapter  # noqa: E402
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NAN, INF = float("nan"), float("inf")
+
+
+@contextmanager
+def spied(monkeypatch, name):
+    """Counts the calls of one of our operators by the adapter."""
+    calls = []
+    operator = getattr(adapter, name)
+
+    def spy(*args, **kwargs):
+        calls.append(name)
+        return operator(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, name, spy)
+        yield calls
+
+
+def random(*shape, seed=0, scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed + 97 * len(shape) + sum(shape))
+    return (scale * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def random_tokens(vocab, *shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randint(vocab, shape, generator=generator)
+
+
+def random_mask(*shape, seed=0, keep=0.6):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(*shape, generator=generator) < keep
+
+
+def leaf(x, dtype=None):
+    return x.detach().to(dtype or x.dtype).clone().requires_grad_()
+
+
+def run(function, tensors, rest, dtype=None):
+    """Results and gradients of a loss of them with uneven upstream gradients."""
+    inputs = [leaf(x, dtype) if x.is_floating_point() else x for x in tensors]
+    out = function(*inputs, *rest)
+    outputs = out if isinstance(out, tuple) else (out,)
+    loss = sum((x.double() * random(*x.shape, seed=5).double()).sum() for x in outputs)
+    wanted = [x for x in inputs if x.is_floating_point()]
+    grads = torch.autograd.grad(loss, wanted) if loss.requires_grad else [None] * len(wanted)
+    return outputs, grads
+
+
+def assert_same(host, ours, tensors, *rest, atol=2e-6, truth=None):
+    """Values, gradients, dtypes: ours errs at most twice as far from float64 as the host."""
+    (a, grads), (b, our_grads) = (run(f, tensors, rest) for f in (host, ours))
+    exact, exact_grads = run(truth or host, tensors, rest, torch.float64)
+    for x, y, z in zip((*a, *grads), (*b, *our_grads), (*exact, *exact_grads), strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert x.dtype == y.dtype and x.shape == y.shape
+            assert_close_to_truth(y, x, z, atol + rounding(x.dtype, z))
+
+
+def rounding(dtype, truth):
+    """Of an upstream gradient and of the result, where they have 16 bits."""
+    if dtype not in (torch.bfloat16, torch.float16) or truth.numel() == 0:
+        return 0.0
+    return torch.finfo(dtype).eps * float(truth.nan_to_num().abs().max())
+
+
+def pair(monkeypatch, module, name):
+    """(verl's, ours) of one function."""
+    host = getattr(module, name)
+    with adapter.patched():
+        ours = getattr(module, name)
+    assert ours is not host and getattr(module, name) is host
+    return host, ours
+
+
+def both(host, ours, *args, **kwargs):
+    """What the two do: the result, or the type of the error and what it says."""
+    results = []
+    for function in (host, ours):
+        try:
+            results.append(function(*args, **kwargs))
+        except Exception as error:
+            results.append((type(error), str(error)))
+    return results
+
+
+# ---- log-probabilities and entropies ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 7)])
+@pytest.mark.parametrize("name", ["logprobs_from_logits_v2", "logprobs_from_logits_naive"])
+def test_log_probs(monkeypatch, name, shape, dtype):
+    host, ours = pair(monkeypatch, functional, name)
+    for vocab in (1, 11, 668):
+        logits = random(*shape, vocab, scale=3.0, dtype=dtype)
+        labels = random_tokens(vocab, *shape)
+        with spied(monkeypatch, "token_logprob") as calls:
+            assert_same(host, ours, [logits, labels])
+        assert calls
+        assert_same(host, ours, [random(*shape, vocab + 3).to(dtype)[..., 1:-2], labels])
+
+
+@pytest.mark.parametrize("name", ["logprobs_from_logits_v2", "logprobs_from_logits_naive"])
+def test_log_probs_that_ours_does_not_serve_are_verls(monkeypatch, name):
+    host, ours = pair(monkeypatch, functional, name)
+    logits, labels = random(2, 3, 7), torch.tensor([[0, 1, 2], [3, 4, 5]])
+    with spied(monkeypatch, "token_logprob") as calls:
+        for args in (
+            (logits[:0], labels[:0]),
+            (logits[:, :0], labels[:, :0]),
+            (logits, labels.int()),
+            (logits, labels[:, :2]),
+            (logits.transpose(1, 2).contiguous().transpose(1, 2), labels),
+            (logits.long(), labels),
+        ):
+            expected, got = both(host, ours, *args)
+            if isinstance(expected, torch.Tensor):
+                assert torch.equal(expected, got)
+            else:
+                assert expected == got
+        assert not calls
+    for wrong in (-100, -1, 7):
+        expected, got = both(host, ours, logits, labels.clone().fill_(wrong))
+        assert expected == got and expected[0] in (IndexError, RuntimeError)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_nan_and_banned_tokens(monkeypatch, strict):
+    logits = random(6, 9)
+    logits[0, 2] = -INF  # banned
+    logits[1, 3] = NAN
+    logits[2, :] = -INF
+    logits[3, :8] = -INF  # certain
+    labels = torch.tensor([2, 1, 1, 8, 0, 3])
+    cases = {
+        "logprobs_from_logits_v2": (logits, labels),
+        "logprobs_from_logits_naive": (logits, labels),
+        "entropy_from_logits": (logits,),
+        "entropy_from_logits_with_chunking": (logits, 4),
+    }
+    for name, (x, *rest) in cases.items():
+        (expected,), (expected_grad,) = run(getattr(functional, name), [x], rest)
+        with adapter.patched(strict=strict):
+            (got,), (grad,) = run(getattr(functional, name), [x], rest)
+        if strict or name.startswith("logprobs"):
+            assert torch.equal(got.isnan(), expected.isnan()), name
+            torch.testing.assert_close(got, expected, equal_nan=True)
+            assert torch.equal(grad.isnan().any(-1), expected_grad.isnan().any(-1)), name
+        else:
+            assert got[[0, 3, 4, 5]].isfinite().all() and grad[[0, 3, 4, 5]].isfinite().all()
+            assert got[3] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 11, 668])
+def test_entropies(monkeypatch, dtype, vocab):
+    host, ours = pair(monkeypatch, functional, "entropy_from_logits")
+    chunked, our_chunked = pair(monkeypatch, functional, "entropy_from_logits_with_chunking")
+    for shape in ((5,), (2, 3)):
+        logits = random(*shape, vocab, scale=3.0, dtype=dtype)
+        with spied(monkeypatch, "token_logprob") as calls:
+            assert_same(host, ours, [logits], atol=1e-5)
+        assert calls
+    logits = random(5, vocab, scale=3.0, dtype=dtype)
+    with spied(monkeypatch, "token_logprob") as calls:
+        assert_same(chunked, our_chunked, [logits], 2, atol=1e-5, truth=lambda x, _: host(x))
+    assert calls
+
+
+def test_entropies_that_ours_does_not_serve_are_verls(monkeypatch):
+    host, ours = pair(monkeypatch, functional, "entropy_from_logits")
+    chunked, our_chunked = pair(monkeypatch, functional, "entropy_from_logits_with_chunking")
+    logits = random(2, 3, 7)
+    assert torch.equal(host(logits[0, 0]), ours(logits[0, 0]))
+    assert ours(logits[:0]).shape == host(logits[:0]).shape
+    for args in ((logits,), (logits[0], 0), (logits[0], -1), (logits[0, :0],)):
+        expected, got = both(chunked, our_chunked, *args)
+        assert type(expected) is type(got)
+        assert torch.equal(expected, got) if torch.is_tensor(got) else expected == got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_decides_the_dtype(monkeypatch, dtype):
+    logits, labels = random(4, 9, dtype=dtype), torch.arange(4)
+    cases = {
+        "logprobs_from_logits_v2": (logits, labels),
+        "logprobs_from_logits_naive": (logits, labels),
+        "entropy_from_logits": (logits,),
+        "entropy_from_logits_with_chunking": (logits,),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, args in cases.items():
+            host, ours = pair(monkeypatch, functional, name)
+            expected, got = host(*args), ours(*args)
+            assert expected.dtype == got.dtype
+            torch.testing.assert_close(expected, got, rtol=2e-2, atol=2e-2)
+
+
+def test_engines_may_compile_the_entropy(monkeypatch):
+    host, ours = pair(monkeypatch, functional, "entropy_from_logits")
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, dynamic=True, fullgraph=True)
+    for rows in (3, 5):
+        assert_same(host, compiled, [random(rows, 40, dtype=torch.bfloat16)], atol=1e-5)
+    torch._dynamo.reset()
+
+
+# ---- heads --------------------------------------------------------------------------------------
+
+
+def head(shape, dtype, vocab=37, width=16):
+    hidden = random(*shape, width, dtype=dtype)
+    weight = random(vocab, width, scale=0.7, dtype=dtype)
+    return hidden, weight, random_tokens(vocab, *shape)
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """(verl's, ours) as functions of the forward's arguments."""
+    module = fused.FusedLinearForPPO(chunk_size=3)
+    host, ours = pair(monkeypatch, fused.FusedLinearForPPO, "forward")
+    return (lambda *args: host(module, *args)), (lambda *args: ours(module, *args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (7,), (2, 4)])
+def test_fused_head(monkeypatch, forwards, shape, dtype):
+    def truth(hidden, weight, labels, temperature):
+        log_p = (hidden @ weight.t() / temperature).log_softmax(-1)
+        chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return chosen, -(log_p.exp() * log_p).sum(-1)
+
+    for temperature in (1.0, 0.7, 2):
+        with spied(monkeypatch, "linear_logprob") as calls:
+            tensors = head(shape, dtype)
+            assert_same(*forwards, list(tensors), temperature, atol=1e-5, truth=truth)
+        assert calls
+
+
+def test_fused_head_of_int32_tokens_and_frozen_weights(monkeypatch, forwards):
+    hidden, weight, labels = head((5,), torch.float32)
+    for function in forwards:
+        x = leaf(hidden)
+        logprob, entropy = function(x, weight, labels.int())
+        (logprob.sum() - entropy.sum()).backward()
+        assert weight.grad is None and x.grad is not None
+        with torch.no_grad():
+            assert not function(x, weight, labels)[0].requires_grad
+
+
+def test_fused_head_that_ours_does_not_serve_is_verls(monkeypatch, forwards):
+    hidden, weight, labels = head((2, 3), torch.float32)
+    per_token = torch.tensor([[0.5], [2.0], [1.0]])
+    with spied(monkeypatch, "linear_logprob") as calls:
+        for args in (
+            (hidden[0], weight, labels[0], per_token),
+            (hidden[0], weight, labels[0], torch.tensor(0.5)),
+            (hidden[0], weight, labels[0], 0.0),
+            (hidden[0], weight, labels[0], -1.0),
+            (hidden[0, :0], weight, labels[0, :0]),
+            (hidden[:0], weight, labels[:0]),
+            (hidden, weight.bfloat16(), labels),
+            (hidden.unsqueeze(0), weight, labels.unsqueeze(0)),
+            (hidden, weight, labels.reshape(1, 6)),
+        ):
+            expected, got = both(*forwards, *args)
+            if isinstance(expected[0], torch.Tensor):
+                assert all(
+                    map(torch.equal, map(torch.nan_to_num, expected), map(torch.nan_to_num, got))
+                )
+            else:
+                assert expected == got
+        with torch.autocast("cpu", torch.bfloat16):
+            for a, b in zip(*(f(hidden, weight, labels) for f in forwards), strict=True):
+                assert torch.equal(a, b)
+        assert not calls
+    for wrong in (-100, -1, 37):
+        expected, got = both(*forwards, hidden, weight, labels.clone().fill_(wrong))
+        assert expected == got and expected[0] in (IndexError, RuntimeError)
+
+
+def test_linear_cross_entropy(monkeypatch):
+    """verl's own needs CUDA: against plain PyTorch."""
+
+    def plain(hidden, weight, labels, temperature=1.0, reduction="none", group=None):
+        z = (hidden.reshape(-1, hidden.shape[-1]) @ weight.t()).float() / temperature
+        log_p = z.log_softmax(-1)
+        chosen = log_p.gather(-1, labels.reshape(-1, 1)).squeeze(-1)
+        return chosen, -(log_p.exp() * log_p).sum(-1)
+
+    def truth(*args):
+        hidden, weight, labels, temperature = args[:4]
+        log_p = (hidden.flatten(0, -2) @ weight.t() / temperature).log_softmax(-1)
+        chosen = log_p.gather(-1, labels.reshape(-1, 1)).squeeze(-1)
+        return chosen, -(log_p.exp() * log_p).sum(-1)
+
+    host, ours = pair(monkeypatch, linear_cross_entropy_module, "linear_cross_entropy")
+    for shape in ((7,), (2, 4)):
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = list(head(shape, dtype))
+            with spied(monkeypatch, "linear_logprob") as calls:
+                assert_same(plain, ours, tensors, 0.7, "none", None, atol=1e-5, truth=truth)
+            assert calls
+    hidden, weight, labels = head((7,), torch.float32)
+    with spied(monkeypatch, "linear_logprob") as calls:
+        for rest in ((1,), (1.0, "sum"), (1.0, "nothing")):
+            expected, got = both(host, ours, hidden, weight, labels, *rest)
+            assert expected == got and issubclass(expected[0], Exception)
+        group = SimpleNamespace(size=lambda: 2)
+        expected, got = both(host, ours, hidden, weight, labels, 1.0, "none", group)
+        assert expected == got
+        assert not calls
+
+
+# ---- means, whitening, KL, advantages -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_mean(monkeypatch, dtype):
+    host, ours = pair(monkeypatch, functional, "masked_mean")
+    for shape in ((37,), (3, 5), (2, 3, 4), (6, 0)):
+        for keep in (0.6, 1.0, 0.0):
+            mask = random_mask(*shape, keep=keep)
+            with spied(monkeypatch, "masked_mean") as calls:
+                assert_same(host, ours, [random(*shape, dtype=dtype), mask])
+            assert calls
+    x, mask = random(3, 5, dtype=dtype), random_mask(3, 5)
+    nan = x.clone()
+    nan[~mask] = NAN
+    assert_same(host, ours, [nan, mask])
+    with spied(monkeypatch, "masked_mean") as calls:
+        for other in (mask.long(), mask.float() * 0.5, mask[:1]):
+            assert torch.equal(host(x, other), ours(x, other))
+        assert torch.equal(host(x, mask, axis=-1), ours(x, mask, axis=-1))
+        assert not calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_masked_whiten(monkeypatch, dtype, shift_mean):
+    host, ours = pair(monkeypatch, functional, "masked_whiten")
+    for shape in ((37,), (3, 5), (2, 3, 4)):
+        for mask in (random_mask(*shape), random_mask(*shape).long(), random_mask(*shape).float()):
+            x = random(*shape, scale=2.0, dtype=dtype) + 3
+            with spied(monkeypatch, "masked_mean") as calls:
+                assert_same(host, ours, [x, mask.bool()], shift_mean, atol=1e-5)
+                truth = host(x.double(), mask)
+                assert_close_to_truth(
+                    ours(x, mask), host(x, mask), truth, 1e-5 + rounding(dtype, truth)
+                )
+            assert calls
+    x = random(3, 5, dtype=dtype)
+    for count in (0, 1):
+        mask = torch.zeros(3, 5, dtype=torch.bool)
+        mask.view(-1)[:count] = True
+        expected, got = both(host, ours, x, mask)
+        assert expected == got and expected[0] is ValueError
+    half = torch.full((3, 5), 0.5)
+    assert torch.equal(host(x, half), ours(x, half))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_nan_in_a_masked_slot_of_whitening(strict):
+    x, mask = random(3, 5), random_mask(3, 5)
+    x[~mask] = NAN
+    expected = functional.masked_whiten(x, mask)
+    with adapter.patched(strict=strict):
+        got = functional.masked_whiten(x, mask)
+    assert got.isfinite().all() if not strict else torch.equal(got.isnan(), expected.isnan())
+    torch.testing.assert_close(got[mask], expected[mask])
+
+
+@pytest.mark.parametrize("kind", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"])
+@pytest.mark.parametrize("suffix", ["", "+"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kl_penalty(monkeypatch, kind, suffix, dtype):
+    """Through kl_penalty, which looks its estimate up when it is called."""
+    host = core_algos.kl_penalty
+
+    def ours(*args):
+        with adapter.patched():
+            return core_algos.kl_penalty(*args)
+
+    for shape in ((37,), (3, 5), (0, 4)):
+        for scale in (0.1, 1.0, 12.0):
+            tensors = [
+                random(*shape, scale=scale, dtype=dtype),
+                random(*shape, seed=1, dtype=dtype),
+            ]
+            with spied(monkeypatch, "kl_estimate") as calls:
+                assert_same(host, ours, tensors, kind + suffix)
+            assert bool(calls) == (kind in ("low_var_kl", "k3"))
+
+
+def test_kl_penalty_of_what_is_infinite(monkeypatch):
+    host, ours = pair(monkeypatch, core_algos, "kl_penalty_forward")
+    a = torch.tensor([-INF, -1.0, NAN, -INF, -200.0])
+    b = torch.tensor([-1.0, -INF, -1.0, -INF, -1.0])
+    torch.testing.assert_close(host(a, b, "k3"), ours(a, b, "k3"), equal_nan=True)
+    wide = random(3, 1)
+    assert torch.equal(host(wide, random(3, 5), "k3"), ours(wide, random(3, 5), "k3"))
+    for kind in ("full", "k4"):
+        expected, got = both(host, ours, a, b, kind)
+        assert expected == got and expected[0] is NotImplementedError
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask_dtype", [torch.long, torch.float32], ids=str)
+def test_gae(monkeypatch, dtype, mask_dtype):
+    host, ours = pair(monkeypatch, core_algos, "compute_gae_advantage_return")
+    for shape in ((1, 2), (3, 5), (13, 21)):
+        for keep in (0.5, 0.9, 1.0):
+            mask = random_mask(*shape, keep=keep)
+            mask[0, :2] = True
+            rewards, values = random(*shape, dtype=dtype), random(*shape, seed=1, dtype=dtype)
+            for gamma, lam in ((1.0, 0.95), (0.9, 0.0), (0, 1), (0.99, 1.0)):
+                args = (mask.to(mask_dtype), gamma, lam)
+                with spied(monkeypatch, "gae") as calls:
+                    got = ours(rewards, values, *args)
+                assert calls
+                plain = host(rewards, values, *args)
+                truth = host(rewards.double(), values.double(), *args)
+                for a, b, c in zip(got, plain, truth, strict=True):
+                    assert a.dtype == b.dtype and not a.requires_grad
+                    assert_close_to_truth(a, b, c, atol=1e-5)
+
+
+def test_gae_that_ours_does_not_serve_is_verls(monkeypatch):
+    host, ours = pair(monkeypatch, core_algos, "compute_gae_advantage_return")
+    r, v = random(3, 4), random(3, 4, seed=1)
+    m = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]])
+    one = torch.zeros_like(m)
+    one[0, 0] = 1
+    nan = v.clone()
+    nan[1, 2] = NAN
+    with spied(monkeypatch, "gae") as calls:
+        for args in (
+            (r, v, m.bool(), 0.9, 0.8),
+            (r, v, m * 0, 0.9, 0.8),
+            (r, v, one, 0.9, 0.8),
+            (r, v, m * 0.5, 0.9, 0.8),
+            (r, v, m, torch.tensor(0.9), torch.tensor(0.8)),
+            (r, v, m, 1.5, 0.8),
+            (r, nan, m, 0.9, 0.8),
+            (r[:, :0], v[:, :0], m[:, :0], 0.9, 0.8),
+        ):
+            expected, got = both(host, ours, *args)
+            if torch.is_tensor(expected[0]):
+                for a, b in zip(expected, got, strict=True):
+                    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert expected == got
+        assert not calls
+    with adapter.patched(strict=False):
+        clean = core_algos.compute_gae_advantage_return(
+            r, v.masked_fill(nan.isnan(), 0), m, 0.9, 0.8
+        )
+        for a, b in zip(
+            core_algos.compute_gae_advantage_return(r, nan, m, 0.9, 0.8), clean, strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+# ---- the policy loss ----------------------------------------------------------------------------
+
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
+MODES += ["seq-mean-token-mean"]
+
+
+def actor_config(**options):
+    from verl.workers.config import ActorConfig
+
+    info = options.pop("info", {})
+    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=2, **options)
+    config.global_batch_info.update(info)
+    return config
+
+
+def policy_tensors(dtype=torch.float32, seed=0):
+    """Ratios on both sides of both clips, of the dual clip and of the clamp; a row all masked."""
+    old, log_ratio = random(5, 9, seed=seed), random(5, 9, seed=seed + 1, scale=0.5)
+    log_ratio[0, :4] = torch.tensor([30.0, -30.0, 2.0, -2.0])
+    mask = random_mask(5, 9, seed=seed)
+    mask[0], mask[3] = True, False
+    advantages = random(5, 9, seed=seed + 2)
+    advantages[0, :4] = torch.tensor([-1.0, -1.0, -1.0, 1.0])
+    return old.to(dtype), (old + log_ratio).to(dtype), advantages.to(dtype), mask
+
+
+def policy_losses(strict=True):
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    with adapter.patched(strict=strict):
+        ours = get_policy_loss_fn("rlhf_kernels")
+    return get_policy_loss_fn("vanilla"), ours
+
+
+INFOS = [
+    {},
+    {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 8, "loss_scale_factor": 100},
+    {"dp_size": 2, "batch_num_tokens": torch.tensor(40), "global_batch_size": 8},
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("info", INFOS, ids=["local", "global", "tensor"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_policy_loss_is_the_vanilla_one(monkeypatch, mode, info, weighted):
+    vanilla, ours = policy_losses()
+    options = ({}, {"clip_ratio_low": 0.1, "clip_ratio_high": 0.28, "clip_ratio_c": 1.5})
+    for dtype, more in zip((torch.float32, torch.float64), options, strict=True):
+        old, new, advantages, mask = policy_tensors(dtype)
+        weights = random(5, 9, seed=8, dtype=dtype).abs() if weighted else None
+        config, results = actor_config(info=info, **more), []
+        with spied(monkeypatch, "policy_loss") as calls:
+            for function in (vanilla, ours):
+                x = leaf(new)
+                loss, metrics = function(old, x, advantages, mask, mode, config, weights)
+                results.append((loss.detach(), torch.autograd.grad(loss, x)[0], metrics))
+        assert len(calls) == 1
+        (a, grad_a, metrics_a), (b, grad_b, metrics_b) = results
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad_a, grad_b, rtol=1e-5, atol=1e-6)
+        assert metrics_a.keys() == metrics_b.keys()
+        assert metrics_b == pytest.approx(metrics_a, rel=1e-5, abs=1e-7)
+        assert metrics_b["actor/pg_clipfrac_lower"] > 0 and metrics_b["actor/pg_clipfrac"] > 0
+
+
+def test_policy_loss_that_ours_does_not_serve_is_vanilla(monkeypatch):
+    vanilla, ours = policy_losses()
+    old, new, advantages, mask = policy_tensors()
+    nan = new.clone()
+    nan[~mask] = NAN
+    config = actor_config()
+    with spied(monkeypatch, "policy_loss") as calls:
+        for args in (
+            (old, new, advantages, mask.float(), "token-mean", config),
+            (old, new, advantages[:, :1], mask, "token-mean", config),
+            (old.bfloat16(), new.bfloat16(), advantages.bfloat16(), mask, "token-mean", config),
+            (old, nan, advantages, mask, "seq-mean-token-sum", config),
+            (old, nan, advantages, mask, "token-mean", config),
+            (old, new, advantages, mask, "other", config),
+            (old, new, advantages, mask, "token-mean", None),
+            (old, new, advantages, mask, "token-mean", actor_config(info={"dp_size": 2})),
+            (old, new, advantages, mask, "token-mean", actor_config(clip_ratio_c=0.5)),
+        ):
+            expected, got = both(vanilla, ours, *args)
+            if torch.is_tensor(expected[0]):
+                torch.testing.assert_close(expected[0], got[0], rtol=0, atol=0, equal_nan=True)
+                assert repr(expected[1]) == repr(got[1])
+            else:
+                assert expected == got
+        assert not calls
+    x = leaf(new)
+    loss, _ = ours(old, x, advantages, mask & False, "token-mean", config)
+    assert loss.isnan()  # 0 / 0
+    _, free = policy_losses(strict=False)
+    for values, where in ((nan, mask), (new, mask & False)):
+        x = leaf(values)
+        loss, metrics = free(old, x, advantages, where, "seq-mean-token-sum", config)
+        (grad,) = torch.autograd.grad(loss, x)
+        assert loss.isfinite() and grad.isfinite().all()
+        assert torch.tensor(list(metrics.values())).isfinite().all()
+
+
+def test_policy_loss_is_registered_while_patched():
+    with adapter.patched():
+        assert "rlhf_kernels" in core_algos.POLICY_LOSS_REGISTRY
+    assert "rlhf_kernels" not in core_algos.POLICY_LOSS_REGISTRY
