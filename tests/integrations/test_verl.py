@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import contextmanager
+import os
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -591,3 +596,322 @@ def test_policy_loss_is_registered_while_patched():
     with adapter.patched():
         assert "rlhf_kernels" in core_algos.POLICY_LOSS_REGISTRY
     assert "rlhf_kernels" not in core_algos.POLICY_LOSS_REGISTRY
+
+
+# ---- where it is called from --------------------------------------------------------------------
+
+IMPORTERS = [
+    "verl.trainer.ppo.ray_trainer",
+    "verl.trainer.ppo.prefix_grouper_utils",
+    "verl.workers.engine.fsdp.transformer_impl",
+    "verl.workers.utils.losses",
+]
+
+
+@contextmanager
+def loaded(*names):
+    """Modules of verl, or a skip where one of them does not import here."""
+    for name in names:
+        pytest.importorskip(name, exc_type=ImportError)
+    yield
+
+
+def test_every_holder_of_a_function_has_ours_and_gets_verls_back():
+    with loaded(*IMPORTERS):
+        before = {
+            (name, key): value
+            for name, module in list(sys.modules.items())
+            if name.partition(".")[0] == "verl" and module is not None
+            for key, value in vars(module).items()
+            if callable(value)
+        }
+        before_forward = fused.FusedLinearForPPO.forward
+        with adapter.patched():
+            entries = {entry.path.partition(":")[2]: entry for entry in adapter.report()}
+            assert {e.status for e in entries.values()} == {"replaced", "added", "left alone"}
+            holders = entries["masked_mean"].modules
+            for name in ("verl.trainer.ppo.ray_trainer", "verl.workers.utils.losses"):
+                assert f"{name}.masked_mean" in holders
+                assert sys.modules[name].masked_mean is functional.masked_mean
+            for entry in entries.values():
+                function = entry.path.partition(":")[2]
+                if entry.status == "replaced" and "." not in function:
+                    original = before[tuple(entry.path.split(":"))]
+                    holds = [at for at, value in before.items() if value is original]
+                    assert sorted(".".join(at) for at in holds) == sorted(entry.modules)
+                    assert all(vars(sys.modules[m])[key] is not original for m, key in holds)
+        for (name, key), value in before.items():
+            assert vars(sys.modules[name])[key] is value, (name, key)
+        assert fused.FusedLinearForPPO.forward is before_forward
+
+
+def test_importers_of_what_hands_on_reach_ours(monkeypatch):
+    name = "verl.workers.engine.fsdp.transformer_impl"
+    with loaded(name):
+        if functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE:
+            pytest.skip("flash-attn is installed: log-probs are its kernel's")
+        engine = sys.modules[name]
+        logits, labels = random(4, 9), torch.arange(4)
+        x = leaf(logits)
+        with adapter.patched(), spied(monkeypatch, "token_logprob") as calls:
+            engine.logprobs_from_logits(x, labels, inplace_backward=True).sum().backward()
+        assert calls and torch.equal(x.detach(), logits)
+
+
+def python(code, *paths, **environment):
+    """What a process of its own prints."""
+    paths = [*paths, *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+REPORT = """
+import verl
+import verl.trainer.ppo.core_algos as algos
+from rlhf_kernels.integrations import verl as adapter
+print(sorted({entry.status for entry in adapter.report()}))
+print("rlhf_kernels" in algos.POLICY_LOSS_REGISTRY,
+      hasattr(algos.compute_gae_advantage_return, "__wrapped__"))
+"""
+
+
+@pytest.fixture
+def entry_point(tmp_path):
+    """A folder with the metadata that an installation would leave, from our pyproject.toml."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    group = text.partition('[project.entry-points."verl.plugins"]')[2].partition("\n[")[0]
+    name, _, module = group.strip().splitlines()[0].partition(" = ")
+    info = tmp_path / "rlhf_kernels_plugin-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rlhf-kernels-plugin\nVersion: 1\n")
+    line = f"{name} = {module.strip().strip(chr(34))}\n"
+    (info / "entry_points.txt").write_text("[verl.plugins]\n" + line)
+    return tmp_path
+
+
+def test_plugin_patches_a_process_that_imports_verl(entry_point):
+    said = python(REPORT, entry_point, RLHF_KERNELS_VERL="1")
+    assert "'added'" in said and "'replaced'" in said and "True True" in said
+
+
+def test_plugin_acts_only_where_the_environment_asks_for_it(monkeypatch):
+    from rlhf_kernels.integrations import verl_plugin
+
+    for asked in ("", "0", "true"):
+        monkeypatch.setenv("RLHF_KERNELS_VERL", asked)
+        verl_plugin.plugin()
+        assert {entry.status for entry in adapter.report()} == {"not patched", "left alone"}
+    monkeypatch.setenv("RLHF_KERNELS_VERL", "1")
+    verl_plugin.plugin()
+    try:
+        assert "rlhf_kernels" in core_algos.POLICY_LOSS_REGISTRY
+    finally:
+        adapter.unpatch()
+
+
+def test_plugin_says_what_went_wrong(monkeypatch, caplog):
+    from rlhf_kernels.integrations import verl_plugin
+
+    def broken():
+        raise RuntimeError("no kernels today")
+
+    monkeypatch.setattr(adapter, "patch", broken)
+    monkeypatch.setenv("RLHF_KERNELS_VERL", "1")
+    verl_plugin.plugin()
+    assert "verl runs without rlhf_kernels" in caplog.text and "no kernels today" in caplog.text
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """verl's FSDP engines around a tiny Llama in this process: their inputs, outputs and losses.
+
+    Left out are FSDP's wrapping and Ray, which want a process group of accelerators.
+    """
+    name = "verl.workers.engine.fsdp.transformer_impl"
+    pytest.importorskip(name, exc_type=ImportError)
+    pytest.importorskip("transformers")
+    implementation = sys.modules[name]
+    monkeypatch.setattr(implementation, "get_device_id", lambda: "cpu")
+    monkeypatch.setattr(implementation, "get_device_name", lambda: "cpu")
+
+    def make(kind, model, entropy):
+        engine = object.__new__(getattr(implementation, kind))
+        engine.module, engine._autocast_dtype = model, torch.float32
+        engine.use_ulysses_sp = engine.pad_to_length = False
+        engine.engine_config = SimpleNamespace(
+            entropy_checkpointing=False,
+            entropy_from_logits_with_chunking=entropy.endswith("chunking"),
+            entropy_from_logits_chunk_size=4,
+        )
+        engine.compute_entropy_from_logits = getattr(functional, entropy)
+        engine._get_packed_pad_size = lambda count: 0
+        engine.get_data_parallel_group = lambda: None
+        return engine
+
+    return make
+
+
+def train(make, *, padded=False, use_fused=False, entropy="entropy_from_logits", loss="vanilla"):
+    """Two batches of PPO with GAE, two epochs each: the losses and metrics, and the weights."""
+    from tensordict import TensorDict
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+    from verl import DataProto
+    from verl.models.transformers.monkey_patch import patch_forward_with_backends
+    from verl.trainer.ppo.ray_trainer import apply_kl_penalty, compute_advantage
+    from verl.utils import tensordict_utils
+    from verl.workers.config import CriticConfig
+    from verl.workers.utils.losses import ppo_loss, value_loss
+    from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    llama = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    policy, reference = LlamaForCausalLM(llama), LlamaForCausalLM(llama)
+    llama.num_labels = 1
+    critic_model = LlamaForTokenClassification(llama)
+    if use_fused:
+        patch_forward_with_backends(policy, True, "torch")
+    actor = make("FSDPEngineWithLMHead", policy, entropy)
+    ref = make("FSDPEngineWithLMHead", reference, entropy)
+    critic = make("FSDPEngineWithValueHead", critic_model, entropy)
+    optimizer = torch.optim.Adam([*policy.parameters(), *critic_model.parameters()], 1e-3)
+    config = actor_config(
+        ppo_mini_batch_size=4,
+        use_kl_loss=True,
+        kl_loss_type="low_var_kl",
+        kl_loss_coef=0.01,
+        entropy_coeff=0.01,
+        policy_loss={"loss_mode": loss},
+    )
+    critic_config = CriticConfig(
+        strategy="fsdp", ppo_micro_batch_size_per_gpu=2, loss_agg_mode="token-mean"
+    )
+
+    def micro(batch, fused_head=False, with_entropy=False):
+        data = TensorDict({k: v.clone() for k, v in batch.items()}, batch_size=[4])
+        data = left_right_2_no_padding(data)
+        tensordict_utils.assign_non_tensor(
+            data,
+            use_remove_padding=not padded,
+            use_fused_kernels=use_fused and fused_head,
+            calculate_entropy=with_entropy,
+            temperature=0.9,
+            batch_num_tokens=int(batch["response_mask"].sum()),
+            global_batch_size=4,
+            dp_size=1,
+        )
+        return data
+
+    def predicted(engine, batch, name, **options):
+        data = micro(batch, **options)
+        with torch.no_grad():
+            _, out = engine.forward_step(data, None, True)
+        return no_padding_2_padding(out["model_output"][name], data).float()
+
+    record = []
+    for _ in range(2):
+        prompts, responses = torch.randint(4, 300, (4, 6)), torch.randint(4, 300, (4, 8))
+        ids = torch.cat([prompts, responses], 1)
+        attention = torch.ones_like(ids)
+        attention[0, :2], attention[1, 11:] = 0, 0  # padding on the left, a short answer
+        mask = attention[:, 6:].clone()
+        mask[2, 2:4] = 0  # what a tool said
+        batch = {
+            "input_ids": ids,
+            "prompts": prompts,
+            "responses": responses,
+            "attention_mask": attention,
+            "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
+            "response_mask": mask,
+        }
+        scores = torch.zeros(4, 8)
+        scores[torch.arange(4), 7 - mask.flip(1).argmax(1)] = torch.rand(4)
+        data = DataProto.from_dict(
+            {
+                **batch,
+                "old_log_probs": predicted(actor, batch, "log_probs", fused_head=True),
+                "ref_log_prob": predicted(ref, batch, "log_probs", fused_head=True),
+                "values": predicted(critic, batch, "values"),
+                "token_level_scores": scores,
+            }
+        )
+        controller = core_algos.FixedKLController(0.05)
+        data, _ = apply_kl_penalty(data, controller, "low_var_kl")
+        data = compute_advantage(data, "gae", gamma=1.0, lam=0.95, config={})
+        names = ("old_log_probs", "ref_log_prob", "advantages", "values", "returns")
+        full = {**batch, **{name: data.batch[name] for name in names}}
+        for _ in range(2):
+            step = micro(full, fused_head=True, with_entropy=True)
+            loss_a, out_a = actor.forward_step(step, partial(ppo_loss, config), False)
+            loss_c, out_c = critic.forward_step(
+                micro(full), partial(value_loss, critic_config), False
+            )
+            optimizer.zero_grad()
+            (loss_a + loss_c).backward()
+            optimizer.step()
+            record += [loss_a.item(), loss_c.item()]
+            for _, value in sorted({**out_a["metrics"], **out_c["metrics"]}.items()):
+                record.append(float(value.aggregate() if hasattr(value, "aggregate") else value))
+    weights = [*policy.parameters(), *critic_model.parameters()]
+    record.append(float(sum(x.detach().double().abs().sum() for x in weights)))
+    return record
+
+
+@pytest.mark.parametrize(
+    "options, operators",
+    [
+        ({}, ["token_logprob", "gae", "kl_estimate", "masked_mean"]),
+        ({"padded": True, "entropy": "entropy_from_logits_with_chunking"}, ["token_logprob"]),
+        ({"use_fused": True}, ["linear_logprob", "gae"]),
+        ({"loss": "rlhf_kernels", "use_fused": True}, ["policy_loss", "linear_logprob"]),
+    ],
+    ids=["packed", "padded", "fused head", "our policy loss"],
+)
+def test_training_is_the_same(monkeypatch, engines, options, operators):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", LlamaForCausalLM.forward)
+    expected = train(engines, **{**options, "loss": "vanilla"})
+    with ExitStack() as stack:
+        stack.enter_context(adapter.patched())
+        spies = {x: stack.enter_context(spied(monkeypatch, x)) for x in operators}
+        got = train(engines, **options)
+    assert all(spies.values()), {name: len(calls) for name, calls in spies.items()}
+    assert got == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+# ---- verl's own tests ---------------------------------------------------------------------------
+
+OWN_TESTS = [
+    "trainer/ppo/test_core_algos_on_cpu.py",
+    "trainer/ppo/test_loss_aggregation_on_cpu.py",
+    "trainer/ppo/test_value_loss_normalization_on_cpu.py",
+    "trainer/ppo/test_reinforce_pp_multiturn_on_cpu.py",
+]
+
+
+def test_verls_own_tests_pass(tmp_path):
+    folder = os.environ.get("VERL_TESTS")
+    if not folder:
+        pytest.skip("the wheel has no tests: VERL_TESTS names the folder of a source distribution")
+    (tmp_path / "patch_verl.py").write_text(
+        "from rlhf_kernels.integrations import verl\nverl.patch()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    options = ["-q", "-p", "patch_verl", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *OWN_TESTS],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
