@@ -9,7 +9,7 @@ plugin mechanism calls ``patch`` in each of them (see ``verl_plugin``).
 Replaced, with the same numbers within rounding:
 
     FusedLinearForPPO.forward         linear_logprob: memory of a chunk that does not grow with V
-    linear_cross_entropy              linear_logprob, where one rank holds the whole vocabulary
+    linear_cross_entropy              linear_logprob, on the CPU, where verl's own does not run
     logprobs_from_logits_v2, _naive   token_logprob: one read of the logits
     entropy_from_logits, .._with_chunking    token_logprob
     compute_gae_advantage_return      gae, and what verl leaves in masked slots
@@ -178,10 +178,11 @@ def _linear(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) 
 
 
 def _linear_cross_entropy(original: Any, strict: bool) -> Any:
-    """linear_cross_entropy: both flat, in float32.
+    """linear_cross_entropy: both flat, in float32, for CPU tensors, which the host's does not take.
 
-    With the vocabulary on several ranks the host returns each rank's own part of the hidden
-    states' gradient, which Megatron then sums; ours is summed already, so the host keeps that.
+    On CUDA its own kernel stays, until a run has compared the two. With the vocabulary on several
+    ranks the host returns each rank's own part of the hidden states' gradient, which Megatron then
+    sums; ours is summed already, so the host keeps that.
     """
 
     @functools.wraps(original)
@@ -190,10 +191,12 @@ def _linear_cross_entropy(original: Any, strict: bool) -> Any:
     ):
         args = (hidden, weight, labels, temperature, reduction, dist_process_group)
         flat = labels
-        if isinstance(labels, Tensor) and isinstance(hidden, Tensor) and hidden.dim() != 2:
+        if isinstance(labels, Tensor) and isinstance(hidden, Tensor) and hidden.dim() > 1:
             hidden, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         if (
             reduction != "none"
+            or not isinstance(hidden, Tensor)
+            or hidden.device.type != "cpu"
             or not _alone(dist_process_group)
             or type(temperature) is not float
             or not _serves_head(hidden, weight, flat, temperature)
@@ -605,7 +608,7 @@ _host = patching.add(
                 "(*args, **kwargs)",
                 _linear_cross_entropy,
                 _cross_entropy_calls,
-                "the same of a head that one rank holds, by linear_logprob",
+                "the same on the CPU, where one rank holds the vocabulary, by linear_logprob",
             ),
             Replacement(
                 f"{_FUNCTIONAL}:logprobs_from_logits_v2",
