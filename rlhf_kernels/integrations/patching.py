@@ -38,7 +38,8 @@ class Replacement:
 
     Attributes:
         path: "package.module:name"; the name may be one of a class, "Class.method".
-        signature: ``str(inspect.signature(function))`` without annotations and quotes.
+        signature: ``str(inspect.signature(function))`` without annotations and quotes; of an
+            autograd function that of its ``forward``.
         make: called as make(original, strict); returns the function that takes its place.
         calls: arguments of small calls on the CPU on which the two have to agree.
         what: what is computed, for the report.
@@ -118,6 +119,8 @@ class Report(list[Entry]):
 
 def signature_of(function: Any) -> str:
     """The signature without annotations: names, kinds and defaults."""
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        function = function.forward  # its own says nothing
     signature = inspect.signature(function)
     parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
@@ -307,9 +310,10 @@ class Host:
         version = self.version()
         if version is None or self._known(version):
             return None
+        theirs, ours = getattr(original, "apply", original), getattr(ours, "apply", ours)
         for args, kwargs in replacement.calls():
             try:
-                if not _agree(original(*args, **kwargs), ours(*args, **kwargs)):
+                if not _agree(theirs(*args, **kwargs), ours(*args, **kwargs)):
                     return f"version {version} is not known, and gives something else"
             except Exception as error:
                 return f"version {version} is not known, and raises {error!r}"

@@ -298,3 +298,28 @@ def test_signature_is_names_kinds_and_defaults():
     def function(a: int, /, b: str = "x", *, c: float = 1.0, **rest: int) -> str: ...
 
     assert signature_of(function) == "(a, /, b='x', *, c=1.0, **rest)"
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_an_autograd_function_is_checked_by_its_forward(host, monkeypatch, agrees):
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor=2.0):
+            return x * factor
+
+    class Ours:
+        @staticmethod
+        def apply(x, factor=2.0):
+            return x * factor if agrees else x
+
+    core = load("core")
+    monkeypatch.setattr(core, "Scale", Scale, raising=False)
+    scale = "fakehost.core:Scale"
+    signature = "(ctx, x, factor=2.0)"
+    made = Replacement(scale, signature, lambda original, strict: Ours, one_call, "scales")
+    monkeypatch.setattr(host, "replacements", [made])
+    monkeypatch.setattr(host, "version", lambda: "1.3.0")
+    with pytest.warns(RuntimeWarning, match="fakehost 1.3.0"):
+        host.patch()
+    assert core.Scale is (Ours if agrees else Scale)
+    assert signature_of(Scale) == signature
