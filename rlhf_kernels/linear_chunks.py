@@ -202,10 +202,19 @@ class Sweep:
         head: with temperatures of these N tokens.
         backend: of the row kernels.
         size: tokens of a chunk.
+        dtypes: of the gradients of hidden and of weight and bias; None: of the tensors themselves.
     """
 
-    def __init__(self, hidden: Tensor, head: Head, backend: str, size: int):
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        backend: str,
+        size: int,
+        dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+    ):
         self.hidden, self.head = hidden, head
+        self.hidden_dtype, self.weight_dtype = dtypes or (hidden.dtype, head.weight.dtype)
         self.ops = _backend.operators[backend]
         self.buffer = hidden.new_empty(size, head.weight.shape[0])
         self.capped: Tensor | None = None  # tanh of the logits, in float32
@@ -315,10 +324,18 @@ class Sweep:
 
     def new_gradient(self) -> Tensor:
         """What ``add_products`` writes dH into."""
-        return torch.empty_like(self.hidden)
+        return torch.empty_like(self.hidden, dtype=self.hidden_dtype)
 
     def times_weight(self, g: Tensor, out: Tensor) -> None:
-        torch.mm(g, self.head.weight, out=out)
+        weight = self.head.weight
+        if g.dtype == out.dtype:
+            torch.mm(g, weight, out=out)
+        elif g.is_cuda:
+            torch.ops.aten.mm.dtype_out(g, weight, out.dtype, out=out)
+        else:  # CPUs have no product of 16 bits into float32
+            out.zero_()
+            for some, rows in zip(g.split(ADDED_ROWS, 1), weight.split(ADDED_ROWS), strict=True):
+                out.addmm_(some.to(out.dtype), rows.to(out.dtype))
 
     def hidden_gradient(self, written: Tensor) -> Tensor:
         """dH, when all chunks are written."""
@@ -344,8 +361,8 @@ class Sweep:
                 self.grad_bias = self._added(self.grad_bias, g, ones)
 
     def _added(self, total: Tensor | None, g: Tensor, h: Tensor) -> Tensor:
-        """total + g^T h; the total in float32 where there are several chunks."""
-        if self.one_chunk:
+        """total + g^T h; the total in float32 with several chunks, or where asked for."""
+        if self.one_chunk and self.weight_dtype == g.dtype:
             return g.t() @ h
         dtype = _accumulation(g)
         if total is None:
@@ -361,9 +378,9 @@ class Sweep:
         return total
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """dW and d bias in the dtype of the weight."""
+        """dW and d bias."""
         dw, db = self.grad_weight, self.grad_bias
         return (
-            None if dw is None else dw.to(self.head.weight.dtype),
-            None if db is None else db.squeeze(-1).to(self.head.weight.dtype),
+            None if dw is None else dw.to(self.weight_dtype),
+            None if db is None else db.squeeze(-1).to(self.weight_dtype),
         )

@@ -6,7 +6,7 @@ their place, and two products. For losses of single tokens ``linear_token_loss``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from rlhf_kernels.linear_chunks import Head, Rows, take
 from rlhf_kernels.linear_parallel import Shard
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
 from rlhf_kernels.token_logprob import TokenLogprob, token_logprob_reference
+
+# Called as watch(part, z, tokens, rows, scaling): the chunk's place among the scored positions, its
+# logits (see Sweep.logits and Sweep.scaling), their tokens and statistics. z is valid in the call.
+Watch = Callable[[slice, Tensor, Tensor, Rows, tuple[Tensor | None, float, int]], None]
 
 
 def linear_logprob(
@@ -117,7 +121,7 @@ def linear_logprob(
 
 
 @linear_chunks.without_autocast
-def _forward(
+def forward_sweep(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -131,7 +135,10 @@ def _forward(
     with_entropy: bool,
     backend: str,
     shard: Shard | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob, entropy, and what the backward needs: row_max and log_sum; the entropy is empty
+    unless asked for. ``watch`` sees each chunk of logits."""
     index = linear_chunks.used_tokens(tokens, ignore_index)
     h, some = take(hidden, index), take(tokens, index)
     scaling = (temperature_value, logit_scale, softcap, ignore_index)
@@ -145,6 +152,8 @@ def _forward(
         z = sweep.logits(part)
         rows = sweep.rows(part, z, some[part], with_entropy)
         rows = rows._replace(logprob=sweep.refined(part, some[part], rows))
+        if watch is not None:
+            watch(part, z, some[part], rows, sweep.scaling(part))
         for to, x in zip(results, rows, strict=True):
             if to.numel():
                 to[part] = x
@@ -162,7 +171,7 @@ def _empty_results(hidden: Tensor, tokens: Tensor, with_entropy: bool) -> Rows:
 
 
 @linear_chunks.without_autocast
-def _backward(
+def backward_sweep(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     hidden: Tensor,
@@ -182,7 +191,10 @@ def _backward(
     need_weight: bool,
     backend: str,
     shard: Shard | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias, empty where not needed; ``dtypes``: of hidden's and
+    of the others, when not those of the tensors."""
     if entropy.numel() == 0:  # not asked for: torch.compile hands over its empty gradient
         grad_entropy = None
     index = linear_chunks.used_tokens(tokens, ignore_index)
@@ -192,7 +204,7 @@ def _backward(
     scaling = (temperature_value, logit_scale, softcap, ignore_index)
     head = Head(weight, bias, take(temperature, index), *scaling)
     size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens)
-    sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
+    sweep = linear_parallel.make_sweep(h, head, backend, size, shard, dtypes)
     grad_hidden = sweep.new_gradient() if need_hidden else None
     for part in linear_chunks.chunks(h.shape[0], size):
         z = sweep.logits(part)
@@ -204,7 +216,8 @@ def _backward(
     if grad_hidden is not None:
         grad_hidden = sweep.hidden_gradient(grad_hidden)
         if index is not None:
-            grad_hidden = torch.zeros_like(hidden).index_copy_(0, index, grad_hidden)
+            zeros = torch.zeros_like(hidden, dtype=grad_hidden.dtype)
+            grad_hidden = zeros.index_copy_(0, index, grad_hidden)
     grad_weight, grad_bias = sweep.weight_gradients()
     return (
         hidden.new_empty(0) if grad_hidden is None else grad_hidden,
@@ -239,14 +252,14 @@ _backend.define_composed(
         "linear_logprob_fwd": (
             f"({_HEAD}bool with_entropy, str backend) "
             "-> (Tensor logprob, Tensor entropy, Tensor row_max, Tensor log_sum)",
-            _forward,
+            forward_sweep,
             _forward_fake,
         ),
         "linear_logprob_bwd": (
             f"(Tensor? grad_logprob, Tensor? grad_entropy, {_HEAD}Tensor entropy, Tensor row_max, "
             "Tensor log_sum, bool need_hidden, bool need_weight, str backend) "
             "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-            _backward,
+            backward_sweep,
             _backward_fake,
         ),
     },
@@ -262,7 +275,7 @@ class _LinearLogprob(torch.autograd.Function):
         if shard is None:
             results = torch.ops.rlhf_kernels.linear_logprob_fwd.default(*args)
         else:  # an operator's schema has no process groups
-            results = _forward(*args, shard)
+            results = forward_sweep(*args, shard)
         logprob, entropy, *saved = results
         ctx.save_for_backward(hidden, weight, bias, tokens, temperature, entropy, *saved)
         ctx.options = (*scaling, chunk_tokens)
@@ -282,7 +295,7 @@ class _LinearLogprob(torch.autograd.Function):
         if ctx.shard is None:
             grads = torch.ops.rlhf_kernels.linear_logprob_bwd.default(*args)
         else:
-            grads = _backward(*args, ctx.shard)
+            grads = backward_sweep(*args, ctx.shard)
         grad_hidden, grad_weight, grad_bias = grads
         return (
             None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.autograd import not_compiled
-from rlhf_kernels.linear_chunks import ADDED_ROWS, LOW, Head, Rows, Sweep
+from rlhf_kernels.linear_chunks import LOW, Head, Rows, Sweep
 
 IGNORED, WRONG = -100, -1  # what the kernels see: a caller's ignore_index may be a row of the shard
 
@@ -100,10 +100,17 @@ def check_backend(backend: str, shard: Shard | None) -> None:
         )
 
 
-def make_sweep(hidden: Tensor, head: Head, backend: str, size: int, shard: Shard | None) -> Sweep:
+def make_sweep(
+    hidden: Tensor,
+    head: Head,
+    backend: str,
+    size: int,
+    shard: Shard | None,
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
+) -> Sweep:
     """The sweep over the chunks of a head that is whole (``shard`` None) or shared."""
     if shard is None:
-        return Sweep(hidden, head, backend, size)
+        return Sweep(hidden, head, backend, size, dtypes)
     return _ShardSweep(hidden, head, backend, size, shard)
 
 
@@ -111,7 +118,9 @@ class _ShardSweep(Sweep):
     """A sweep whose log-probabilities and entropies are those of the whole vocabulary."""
 
     def __init__(self, hidden: Tensor, head: Head, backend: str, size: int, shard: Shard):
-        super().__init__(hidden, head, backend, size)
+        # dH is this rank's share, and is rounded once, after the sum over the ranks.
+        wide = checks.accumulation_dtype(hidden)
+        super().__init__(hidden, head, backend, size, (wide, head.weight.dtype))
         self.shard = shard
 
     def _local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,21 +209,6 @@ class _ShardSweep(Sweep):
             g = g - grad_entropy * log_p.exp() * (log_p + rows.entropy)
         g = torch.where(first == -torch.inf, 0.0, g / scale).to(z.dtype)
         z[:, 0] = torch.where(elsewhere, g, z[:, 0])
-
-    def new_gradient(self) -> Tensor:
-        """Of this rank's rows, in float32: dH is rounded once, after the sum over the ranks."""
-        return torch.empty_like(self.hidden, dtype=checks.accumulation_dtype(self.hidden))
-
-    def times_weight(self, g: Tensor, out: Tensor) -> None:
-        weight = self.head.weight
-        if g.dtype == out.dtype:
-            torch.mm(g, weight, out=out)
-        elif g.is_cuda:
-            torch.ops.aten.mm.dtype_out(g, weight, out.dtype, out=out)
-        else:  # CPUs have no product of 16 bits into float32
-            out.zero_()
-            for some, rows in zip(g.split(ADDED_ROWS, 1), weight.split(ADDED_ROWS), strict=True):
-                out.addmm_(some.to(out.dtype), rows.to(out.dtype))
 
     def hidden_gradient(self, written: Tensor) -> Tensor:
         dist.all_reduce(written, group=self.shard.group)

@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from compare import assert_close_to_truth
 from rlhf_kernels import linear_chunks, linear_logprob, linear_token_loss, token_logprob
+from rlhf_kernels.linear_chunks import NOTHING_IGNORED
+from rlhf_kernels.linear_logprob import backward_sweep, forward_sweep
 
 
 def inputs(rows=37, width=24, vocab=301, dtype=torch.float32, device="cpu", seed=0):
@@ -200,3 +202,47 @@ def test_bad_arguments_are_named(device, backend):
         wrong[30] = 301
         with pytest.raises(IndexError, match="got 301 at position 30"):
             call(tokens=wrong, chunk_tokens=4)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_watch_sees_every_chunk_of_logits_once(dtype, softcap, device, backend):
+    """For statistics that cost no second product: z, with its scaling, and the rows' statistics."""
+    if backend == "reference":
+        pytest.skip("all its logits exist")
+    hidden, weight, tokens = (x.detach() for x in inputs(7, 16, 33, dtype, device))
+    seen = []
+
+    def watch(part, z, some, rows, scaling):
+        temperature, value, _ = scaling
+        assert temperature is None and torch.equal(some, tokens[part])
+        x = z.float() / value
+        p = (x - (rows.row_max / value + rows.log_sum)[:, None]).exp()
+        torch.testing.assert_close(p.sum(-1), torch.ones_like(p[:, 0]))
+        seen.append(x)
+
+    args = (hidden, weight, None, tokens, None, 0.7, 0.5, softcap or 0.0, NOTHING_IGNORED, 3, True)
+    got = forward_sweep(*args, backend, None, watch)
+    for x, plain in zip(got, forward_sweep(*args, backend), strict=True):
+        assert torch.equal(x, plain)
+    assert [len(x) for x in seen] == [3, 3, 1]
+    z = (hidden @ weight.t()).float() * 0.5
+    z = (softcap * torch.tanh(z / softcap) if softcap else z) / 0.7
+    torch.testing.assert_close(torch.cat(seen), z)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+def test_gradients_in_other_dtypes_are_rounded_once(chunk_tokens, device, backend):
+    """Autocast: products of 16 bits for parameters of 32, whose gradients are not cut to 16."""
+    if backend == "reference":
+        pytest.skip("autograd's own")
+    hidden, weight, tokens = (x.detach() for x in inputs(5, 8, 21, torch.bfloat16, device))
+    bias = torch.zeros(21, dtype=torch.bfloat16, device=device)
+    head = (hidden, weight, bias, tokens, None, 1.0, 1.0, 0.0, NOTHING_IGNORED, chunk_tokens)
+    _, *saved = forward_sweep(*head, False, backend)
+    args = (torch.ones(5, device=device), None, *head, *saved, True, True, backend)
+    wide = backward_sweep(*args, None, (torch.float32, torch.float32))
+    for got, low in zip(wide, backward_sweep(*args), strict=True):
+        assert got.dtype == torch.float32 and low.dtype == torch.bfloat16
+        assert not torch.equal(got, got.bfloat16().float())
+        torch.testing.assert_close(got, low.float(), rtol=1e-2, atol=1e-2)
