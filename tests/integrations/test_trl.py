@@ -1,0 +1,802 @@
+"""TRL's functions beside what takes their place: values, gradients, quirks, whole trainers.
+
+TRL comes as an overlay (requirements/hosts/trl.txt, or trl-1.12.txt for PPO): run with its folder
+in PYTHONPATH, with "site-packages" somewhere in the path, as ``datasets`` hashes the contents of
+modules elsewhere. TRL's own tests are in no package that PyPI has: set TRL_TESTS to the folder
+``tests`` of its repository, at the tag of the installed version, to have them run with the patch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+
+from compare import assert_close_to_truth
+from rlhf_kernels.backend import INTERPRETING, why_not
+from rlhf_kernels.linear_chunks import Sweep
+
+for name in ("TRL_EXPERIMENTAL_SILENCE", "HF_HUB_OFFLINE"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+try:
+    VERSION = tuple(map(int, version("trl").split(".")[:2]))
+except PackageNotFoundError:
+    pytest.skip("TRL is not installed: see requirements/hosts", allow_module_level=True)
+if INTERPRETING or why_not("linear_logprob", "cpu"):
+    pytest.skip("needs the CPU kernels", allow_module_level=True)
+
+from trl.trainer import utils  # noqa: E402
+
+from rlhf_kernels.integrations import trl as adapter  # noqa: E402
+
+OLD = VERSION < (1, 14)
+new = pytest.mark.skipif(OLD, reason="TRL 1.14 and later")
+old = pytest.mark.skipif(not OLD, reason="TRL 1.12: later versions have no PPO")
+ROOT = Path(__file__).parents[2]
+HEAD = utils._ChunkedLogProbFunction
+ALL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+LOW = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *LOW)
+INF = float("inf")
+
+
+@pytest.fixture
+def patched():
+    with adapter.patched():
+        yield
+
+
+def close(got, host, truth, dtype, what):
+    """As near to the truth as the host is; in float32 and float64 to rounding as the host says.
+
+    With 16 bits the few elements of a small case may be luckier there than here: so one rounding.
+    """
+    assert got.dtype == host.dtype and got.shape == host.shape, what
+    if dtype in LOW:
+        one = (
+            torch.finfo(dtype).eps / 2 * float(truth.detach().abs().max()) if truth.numel() else 0.0
+        )
+        assert_close_to_truth(got, host, truth, one, what)
+    else:
+        torch.testing.assert_close(got, host, rtol=2e-5, atol=2e-6, msg=lambda m: f"{what}: {m}")
+
+
+# ---- the fused head -----------------------------------------------------------------------------
+
+
+def apply_head(function, hidden, weight, bias, targets, temperature, cap, scale, outputs=ALL):
+    if OLD:
+        rest = (targets, temperature, 7, cap, scale)
+        return (*function.apply(hidden, weight, *rest), None, None, None)
+    args = (hidden, weight, bias, targets, temperature, 7, cap, scale, outputs)
+    return function.apply(*args)
+
+
+def head_truth(hidden, weight, bias, targets, temperature, cap, scale):
+    z = hidden @ weight.t() + (0 if bias is None else bias)
+    z = z * scale
+    z = (cap * torch.tanh(z / cap) if cap else z) / temperature
+    logp = z.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    squares = (2 * logp).logsumexp(-1)
+    return logp.gather(-1, targets[:, None])[:, 0], entropy, squares, z.mean(-1), None
+
+
+def head_case(seed, dtype, weight_dtype=None):
+    """Random sizes, strides and settings; some of the upstream gradients are zero, as where a
+    trainer masks."""
+    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows, width, vocab = pick.choice([1, 5, 33]), pick.choice([4, 24]), pick.choice([3, 67, 300])
+
+    def randn(*shape, dtype=dtype, scale=1.0):
+        wide = torch.randn(*shape[:-1], shape[-1] + 3, generator=generator) * scale
+        return (wide if pick.random() < 0.3 else wide.clone())[..., : shape[-1]].to(dtype)
+
+    hidden, weight = randn(rows, width), randn(vocab, width, dtype=weight_dtype or dtype)
+    with_bias = not OLD and pick.random() < 0.5
+    bias = randn(vocab, dtype=weight_dtype or dtype) if with_bias else None
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    cap = pick.choice([None, 2.0, 30.0])
+    settings = (pick.choice([1, 0.7, 1.6]), cap, pick.choice([1.0, 0.25]))
+    upstream = [torch.randn(rows, generator=generator) for _ in range(2)]
+    for g in upstream:
+        g[torch.rand(rows, generator=generator) < 0.4] = 0
+    return (hidden, weight, bias, targets, *settings), upstream
+
+
+def head_results(function, case, upstream, frozen=(), dtype=None):
+    """Outputs, and gradients of hidden, weight and bias."""
+    leaves = [None if x is None else x.detach().clone() for x in case[:3]]
+    for k, x in enumerate(leaves):
+        if x is not None and k not in frozen:
+            x.requires_grad_()
+    inputs = [x if dtype is None or x is None else x.to(dtype) for x in leaves]
+    outputs = function(*inputs, *case[3:])
+    loss = sum((x.double() * g).sum() for x, g in zip(outputs[:2], upstream, strict=True))
+    loss.backward()
+    return outputs, [None if x is None else x.grad for x in leaves]
+
+
+def ours_and_host(case, upstream, **options):
+    def head(function):
+        return head_results(lambda *args: apply_head(function, *args), case, upstream, **options)
+
+    return head(utils._ChunkedLogProbFunction), head(HEAD)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(12))
+def test_head(seed, dtype, patched, monkeypatch):
+    monkeypatch.setattr("rlhf_kernels.linear_chunks.BUDGET", {"cpu": 1 << 12, "cuda": 0})
+    monkeypatch.setattr("rlhf_kernels.linear_chunks.LEAST_TOKENS", 4)
+    monkeypatch.setattr(adapter, "LOOKED_AT", {"cpu": 700, "cuda": 0})
+    case, upstream = head_case(seed, dtype)
+    (outputs, grads), (theirs, their_grads) = ours_and_host(case, upstream)
+    wide = tuple(
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in case
+    )
+    if OLD:  # its entropy has no gradient
+        upstream = [upstream[0], torch.zeros(())]
+    truth, true_grads = head_results(head_truth, wide, upstream)
+    for name, *x in zip(("log_probs", *ALL), outputs, theirs, truth, strict=True):
+        if name == "is_top1" or x[1] is None:
+            continue
+        close(*x, dtype, name)
+        assert x[0].requires_grad == x[1].requires_grad, name
+    for name, *x in zip(("hidden", "weight", "bias"), grads, their_grads, true_grads, strict=True):
+        if x[1] is not None:
+            close(*x, dtype, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@new
+def test_the_first_of_several_largest_is_the_top(dtype, seed, patched):
+    """Small integers: the logits are exact in every dtype, and many are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randint(-1, 2, (40, 3), generator=generator).to(dtype)
+    weight = torch.randint(-1, 2, (9, 3), generator=generator).to(dtype)
+    targets = (hidden @ weight.t()).argmax(-1)
+    targets[::3] = torch.randint(9, targets[::3].shape, generator=generator)
+    args = (hidden, weight, None, targets, 1.0, None, 1.0)
+    got = apply_head(utils._ChunkedLogProbFunction, *args)[4]
+    host = apply_head(HEAD, *args)[4]
+    assert got.dtype == torch.bool and 10 < host.sum() < 40 and torch.equal(got, host)
+
+
+MIXED = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+
+
+@new
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype, weight_dtype", [*MIXED, (torch.float32, torch.float32)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_head_of_mixed_dtypes(seed, dtype, weight_dtype, autocast, patched):
+    """Products in the dtype of hidden, or of autocast; gradients in those of the parameters."""
+    case, upstream = head_case(seed, dtype, weight_dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (outputs, grads), (theirs, their_grads) = ours_and_host(case, upstream)
+    product = torch.bfloat16 if autocast else dtype
+    exact = [None if x is None else x.to(product).double() for x in case[:3]]
+    truth, true_grads = head_results(head_truth, (*exact, *case[3:]), upstream)
+    kind = torch.bfloat16 if torch.bfloat16 in (product, weight_dtype) else torch.float32
+    for k in range(4):
+        close(outputs[k], theirs[k], truth[k], kind, f"output {k}")
+    for got, host, true in zip(grads, their_grads, true_grads, strict=True):
+        if host is not None:
+            close(got, host, true, kind, "gradient")
+
+
+@new
+@pytest.mark.parametrize("outputs", [(), ("log_probs",), ("entropy",), ("is_top1", "mean_logits")])
+def test_head_gives_what_is_asked_for(outputs, patched):
+    case, _ = head_case(1, torch.float32)
+    got = apply_head(utils._ChunkedLogProbFunction, *case, outputs)
+    host = apply_head(HEAD, *case, outputs)
+    assert [x is None for x in got] == [x is None for x in host]
+    for a, b in zip(got, host, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_head_without_rows(patched):
+    (hidden, weight, bias, targets, *rest), _ = head_case(1, torch.float32)
+    case = (hidden[:0], weight, bias, targets[:0], *rest)
+    (outputs, grads), (theirs, their_grads) = ours_and_host(case, [torch.zeros(0)] * 2)
+    for a, b in zip((*outputs, *grads), (*theirs, *their_grads), strict=True):
+        assert b is None if a is None else torch.equal(a, b) and a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (2,)])
+def test_frozen_parameters_of_the_head(frozen, patched):
+    case, upstream = head_case(3, torch.float32)
+    (_, grads), (_, theirs) = ours_and_host(case, upstream, frozen=frozen)
+    for a, b in zip(grads, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_backward_of_one_output_twice_and_of_none(patched):
+    (hidden, weight, bias, *rest), _ = head_case(2, torch.float32)
+    for function in (utils._ChunkedLogProbFunction, HEAD):
+        leaf = hidden.clone().requires_grad_()
+        logprob, entropy, *_ = apply_head(function, leaf, weight, bias, *rest)
+        logprob.sum().backward(retain_graph=True)
+        first = leaf.grad.clone()
+        logprob.sum().backward(retain_graph=True)
+        torch.testing.assert_close(leaf.grad, 2 * first)
+        leaf.grad = None
+        entropy.sum().backward(retain_graph=True)
+        assert bool(leaf.grad.any()) != OLD  # in 1.12 the entropy has no gradient
+        with pytest.raises(RuntimeError):
+            (g,) = torch.autograd.grad(logprob.sum(), leaf, create_graph=True)
+            g.sum().backward()
+
+
+@pytest.mark.parametrize("change", ["-100", "V", "inf", "nan", "bias", "cap", "temperature", "0"])
+def test_head_in_the_cases_of_the_host(change, patched):
+    """Where we do something else the original is called: the same bits, or the same NaN."""
+    case = list(head_case(5, torch.float32)[0])
+    case[0], case[3] = case[0].clone(), case[3].clone()
+    if change in ("-100", "V"):
+        case[3][0] = -100 if change == "-100" else case[1].shape[0]
+    elif change in ("inf", "nan"):
+        case[0][0, 0] = float(change)
+    elif change == "bias" and not OLD:
+        case[2] = torch.randn(case[1].shape[0])
+        case[2][case[3][0]] = -INF
+    elif change in ("cap", "temperature"):
+        case[5 if change == "cap" else 4] = -2.0
+    elif change == "0":
+        case[6] = 0.0
+    with torch.no_grad():
+        got = apply_head(utils._ChunkedLogProbFunction, *case)
+        for a, b in zip(got, apply_head(HEAD, *case), strict=True):
+            assert a is b is None or torch.allclose(a.double(), b.double(), equal_nan=True)
+
+
+@new
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_a_banned_token_makes_entropy_nan_if_strict(cap):
+    hidden, weight, bias, *_ = head_case(5, torch.float32)[0]
+    bias = torch.zeros(weight.shape[0])
+    bias[1] = -INF
+    targets = torch.zeros(len(hidden), dtype=torch.int64)
+    case, upstream = (hidden, weight, bias, targets, 0.7, cap, 1.0), [torch.ones(len(hidden))] * 2
+    for strict in (True, False):
+        with adapter.patched(strict=strict):
+            (outputs, grads), (theirs, their_grads) = ours_and_host(case, upstream)
+        exact = range(5) if strict or cap else (0, 2, 3, 4)
+        for k in exact:
+            torch.testing.assert_close(outputs[k], theirs[k], equal_nan=True)
+        assert theirs[1].isnan().all() != (cap is not None)
+        if strict or cap:
+            for a, b in zip(grads, their_grads, strict=True):
+                torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5)
+        else:
+            assert outputs[1].isfinite().all() and all(x.isfinite().all() for x in grads)
+
+
+def test_masked_positions_reach_no_product_of_the_backward(patched, monkeypatch):
+    case, upstream = head_case(4, torch.float32)
+    upstream = [torch.zeros(len(case[0])) for _ in upstream]
+    upstream[0][0] = 1.0
+    rows, add = [], Sweep.add_products
+
+    def watched(self, part, g, *rest):
+        rows.append(len(g))
+        return add(self, part, g, *rest)
+
+    monkeypatch.setattr(Sweep, "add_products", watched)
+    (_, grads), (_, theirs) = ours_and_host(case, upstream)
+    assert rows == [1]
+    for a, b in zip(grads, theirs, strict=True):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ---- functions of the logits --------------------------------------------------------------------
+
+
+def logits_case(seed, dtype):
+    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows = pick.choice([(1,), (6,), (2, 3), (3, 0), (2, 2, 3)])
+    vocab = pick.choice([1, 7, 300])
+    wide = torch.randn(*rows, vocab + 2, generator=generator, dtype=torch.float32) * 3
+    logits = wide[..., :vocab] if pick.random() < 0.5 else wide[..., :vocab].clone()
+    if logits.dim() == 3 and logits.numel() and pick.random() < 0.5:
+        logits = logits.transpose(0, 1)
+    shape = logits.shape[:-1] + ((4,) if pick.random() < 0.3 else ())
+    index = torch.randint(vocab, shape, generator=generator)
+    index = index.int() if pick.random() < 0.2 else index
+    mask = torch.rand(shape, generator=generator) < 0.7
+    mask = pick.choice([None, mask, mask.int(), mask.float()])
+    return logits.to(dtype), index, pick.choice([1.0, 0.7, 2]), mask
+
+
+def with_gradient(function, logits, *args, **kwargs):
+    """Outputs, and the gradient of the logits for random upstream gradients."""
+    leaf = logits.detach().clone().requires_grad_()
+    outputs = function(leaf, *args, **kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(0)
+    loss = torch.zeros((), dtype=torch.float64)
+    for x in outputs:
+        if x.requires_grad:
+            loss = loss + (x.double() * torch.randn(x.shape, generator=generator)).sum()
+    loss.backward()
+    return (*outputs, leaf.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("strict", [True, False])
+def test_functions_of_logits(seed, dtype, strict):
+    logits, index, temperature, mask = logits_case(seed, dtype)
+    options = {} if OLD else {"temperature": temperature, "row_mask": mask}
+    one_row = logits.reshape(-1, logits.shape[-1])[:1].squeeze(0)
+    calls = [
+        ("selective_log_softmax", (logits, index), options),
+        ("entropy_from_logits", (logits, 2), {}),
+        ("entropy_from_logits", (one_row,), {}),
+    ]
+    if not OLD and (mask is None or index.dim() < logits.dim()):
+        name = "selective_log_softmax_and_entropy"
+        calls += [(name, (logits, index, wanted), options) for wanted in (True, False)]
+    for name, (x, *args), kwargs in calls:
+        theirs = with_gradient(getattr(utils, name), x, *args, **kwargs)
+        truth = with_gradient(getattr(utils, name), x.double(), *args, **kwargs)
+        with adapter.patched(strict=strict):
+            got = with_gradient(getattr(utils, name), x, *args, **kwargs)
+        for k, three in enumerate(zip(got, theirs, truth, strict=True)):
+            close(*three, dtype, f"{name}, result {k}")
+            if strict and dtype in LOW:  # TRL's own tests ask for torch's bits
+                assert torch.equal(*three[:2])
+            assert three[0].requires_grad == three[1].requires_grad
+
+
+def outcome(function, *args, **kwargs):
+    """What it returns, or what it raises as a string."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        return repr(error)
+
+
+def odd_calls():
+    logits = torch.randn(2, 3, 7)
+    index = torch.randint(7, (2, 3))
+    wrong, low = index.clone(), index.clone()
+    wrong[1, 1], low[0, 0] = 7, -100
+    yield "token V", (logits, wrong), {}
+    yield "token -100", (logits, low), {}
+    yield "no first dimension", (logits[:0], index[:0]), {}
+    yield "no rows", (logits[:, :0], index[:, :0]), {}
+    yield "one row", (logits[0, 0], index[0, 0]), {}
+    yield "vocabulary not side by side", (logits.transpose(1, 2), torch.randint(3, (2, 7))), {}
+    yield "index of another shape", (logits, index[:, :2]), {}
+    yield "no index", (logits, torch.zeros(2, 3, 0, dtype=torch.int64)), {}
+    yield "complex", (logits.to(torch.complex64), index), {}
+    yield "bool index", (logits, index > 3), {}
+    yield "a list", (logits.tolist(), index), {}
+    yield "-inf", (logits.masked_fill(logits > 1, -INF), index), {}
+    yield "all -inf", (torch.full_like(logits, -INF), index), {}
+    yield "inf", (logits.masked_fill(logits > 1.5, INF), index), {}
+    yield "nan", (logits.masked_fill(logits > 1.5, float("nan")), index), {}
+    if not OLD:
+        mask = torch.tensor([[1, 0, 1], [0, 1, 0]])
+        yield (
+            "mask",
+            (logits.masked_fill(mask[..., None] == 0, float("nan")), index),
+            {"row_mask": mask},
+        )
+        yield "mask of another shape", (logits, index), {"row_mask": mask[:, :1]}
+        yield "token -100 in the mask", (logits, low.roll(1, 1)), {"row_mask": mask}
+        for temperature in (0, -1.0, torch.tensor(0.5), torch.full((2, 1, 1), 2.0), INF):
+            yield f"temperature {temperature}", (logits, index), {"temperature": temperature}
+        lowest = logits.masked_fill(logits > 1, torch.finfo(torch.float32).min)
+        yield "the division makes -inf", (lowest, index), {"temperature": 0.5}
+
+
+@pytest.mark.parametrize("args, kwargs", [pytest.param(a, k, id=n) for n, a, k in odd_calls()])
+def test_odd_calls_are_the_hosts(args, kwargs):
+    calls = [("selective_log_softmax", args, kwargs)]
+    if not kwargs:
+        calls += [("entropy_from_logits", args[:1], {"chunk_size": size}) for size in (0, 4)]
+    if not OLD:
+        calls.append(("selective_log_softmax_and_entropy", args, kwargs))
+    for name, args, kwargs in calls:
+        theirs = outcome(getattr(utils, name), *args, **kwargs)
+        with adapter.patched():
+            got = outcome(getattr(utils, name), *args, **kwargs)
+        if isinstance(theirs, str):
+            assert got == theirs, name
+            continue
+        torch.testing.assert_close(got, theirs, equal_nan=True)
+        if args[0].is_complex():
+            continue
+        theirs = with_gradient(getattr(utils, name), *args, **kwargs)[-1]
+        with adapter.patched():
+            got = with_gradient(getattr(utils, name), *args, **kwargs)[-1]
+        torch.testing.assert_close(got, theirs, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_not_strict_is_finite_where_ours_are():
+    logits = torch.randn(2, 3, 7)
+    index = torch.zeros(2, 3, dtype=torch.int64)
+    banned = logits.clone()
+    banned[..., 3:5] = -INF
+    p = logits[..., [0, 1, 2, 5, 6]].softmax(-1)
+    truth = -(p * p.log()).sum(-1)
+    assert utils.entropy_from_logits(banned).isnan().all()
+    with adapter.patched(strict=False):
+        entropy, gradient = with_gradient(utils.entropy_from_logits, banned)
+        torch.testing.assert_close(entropy, truth)
+        assert gradient.isfinite().all()
+        if OLD:
+            return
+        mask = torch.tensor([[True, False, True]] * 2)
+        banned[:, 1] = float("nan")
+        function = utils.selective_log_softmax_and_entropy
+        logprob, entropy, gradient = with_gradient(function, banned, index, row_mask=mask)
+    torch.testing.assert_close(entropy, truth * mask)
+    assert logprob.isfinite().all() and gradient.isfinite().all()
+    assert not gradient[:, 1].any() and not logprob[:, 1].any()
+
+
+# ---- where they are held, torch.compile ---------------------------------------------------------
+
+
+def test_report_and_modules_that_import_by_name():
+    """Modules loaded before the patch and after it."""
+    before = importlib.import_module("trl.experimental.cpo.cpo_trainer")
+    original = before.selective_log_softmax
+    with adapter.patched():
+        sys.modules.pop("trl.experimental.orpo.orpo_trainer", None)
+        after = importlib.import_module("trl.experimental.orpo.orpo_trainer")
+        for module in (before, after):
+            assert module.selective_log_softmax is utils.selective_log_softmax
+        entries = {entry.path.partition(":")[2]: entry for entry in adapter.report()}
+        held = {
+            "_ChunkedLogProbFunction": [] if OLD else ["trl.kernels.ChunkedLogProbFunction"],
+            "selective_log_softmax": ["trl.experimental.cpo.cpo_trainer.selective_log_softmax"],
+            "entropy_from_logits": [],
+        }
+        for name, others in held.items():
+            assert entries[name].status == "replaced", entries[name].reason
+            assert {f"trl.trainer.utils.{name}", *others} <= set(entries[name].modules)
+        both = entries["selective_log_softmax_and_entropy"]
+        assert both.status == ("left alone" if OLD else "replaced")
+        assert "no function to replace" in entries["RewardTrainer.compute_loss"].reason
+    for module in (before, after, utils):
+        assert module.selective_log_softmax is original
+    assert utils._ChunkedLogProbFunction is HEAD
+
+
+def test_a_patch_imports_nothing_and_waits():
+    code = """
+import sys
+from rlhf_kernels.integrations import trl as adapter
+adapter.patch()
+assert "trl" not in sys.modules
+assert [e.status for e in adapter.report()[:4]] == ["waiting"] * 4
+from trl.trainer import utils
+assert type(utils._ChunkedLogProbFunction).__module__ == adapter.__name__
+assert {e.status for e in adapter.report()[:3]} == {"replaced"}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_survey_as_of_a_version_that_is_not_known(monkeypatch):
+    """The small calls agree, so that a later version gets the replacements as well."""
+    monkeypatch.setattr(adapter._host, "tested", ())
+    with pytest.warns(RuntimeWarning, match="is not among the versions"), adapter.patched():
+        entries = {entry.path.partition(":")[2]: entry for entry in adapter.report()}
+    names = ["selective_log_softmax", "entropy_from_logits", "_ChunkedLogProbFunction"]
+    for name in names[: 2 if OLD else 3]:
+        assert OLD or entries[name].status == "replaced", entries[name].reason
+
+
+@pytest.mark.parametrize("name", ["head", "score", "entropy", "both"])
+def test_under_compile_no_graph_breaks(name, patched):
+    if OLD and name == "both":
+        pytest.skip("TRL 1.14 and later")
+    leaf, index = torch.randn(2, 3, 8), torch.randint(8, (2, 3))
+    weight, bias = torch.randn(31, 8), torch.randn(31)
+
+    def call(x):
+        if name == "head":
+            case = (x.view(6, 8), weight, bias, index.view(6), 0.7, None, 0.5)
+            return apply_head(utils._ChunkedLogProbFunction, *case, ("entropy",))[:2]
+        if name == "both":
+            return utils.selective_log_softmax_and_entropy(x, index, temperature=0.7)
+        if name == "score":
+            return (utils.selective_log_softmax(x, index),)
+        return (utils.entropy_from_logits(x),)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for got, eager in zip(with_gradient(compiled, leaf), with_gradient(call, leaf), strict=True):
+        torch.testing.assert_close(got, eager)
+
+
+@new
+def test_under_compile_statistics_break_the_graph_but_are_right(patched):
+    case, _ = head_case(1, torch.float32)
+    torch.compiler.reset()
+    function = torch.compile(
+        lambda *args: apply_head(utils._ChunkedLogProbFunction, *args), backend="aot_eager"
+    )
+    for got, host in zip(function(*case), apply_head(HEAD, *case), strict=True):
+        torch.testing.assert_close(got, host)
+
+
+# ---- trainers -----------------------------------------------------------------------------------
+
+WORDS = "the cat sat on a mat and the dog ran to the sea by way of an old red barn".split()
+
+
+def text(seed, count=6):
+    pick = random.Random(seed)
+    return " ".join(pick.choice(WORDS) for _ in range(count))
+
+
+def tokenizer(**options):
+    """Every byte is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    tokens = [*special.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    ids = {token: k for k, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special, **options)
+
+
+def llama(seed=0, reward=False):
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ids = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    if reward:
+        return LlamaForSequenceClassification(LlamaConfig(**sizes, **heads, **ids, num_labels=1))
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids))
+
+
+def score(completions, **_):
+    return [float(len(set(x))) for x in completions]
+
+
+def sft(model, options):
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"prompt": text(k), "completion": f" {text(k + 100)}"} for k in range(8)]
+    return SFTTrainer, (model,), {"args": SFTConfig(**options)}, rows
+
+
+def dpo(model, options, **more):
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [
+        {"prompt": text(k), "chosen": f" {text(k + 100)}", "rejected": f" {text(k + 200, 4)}"}
+        for k in range(8)
+    ]
+    return DPOTrainer, (model, llama()), {"args": DPOConfig(**options, **more)}, rows
+
+
+def weighted_dpo(model, options):
+    """Asks the head for log sum p^2."""
+    return dpo(model, options, use_weighting=True)
+
+
+def kto(model, options):
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [
+        {"prompt": text(k), "completion": f" {text(k + 100)}", "label": k % 2 == 0}
+        for k in range(8)
+    ]
+    return KTOTrainer, (model, llama()), {"args": KTOConfig(**options)}, rows
+
+
+def online(model, options, config, trainer, **more):
+    """These load their reference model from a folder."""
+    folder = f"{options['output_dir']}/model"
+    model.save_pretrained(folder)
+    options = {**options, "per_device_train_batch_size": 4, "num_generations": 2}
+    options |= {"max_completion_length": 12, "temperature": 0.9}
+    rows = [{"prompt": text(k)} for k in range(8)]
+    model = type(model).from_pretrained(folder)
+    return trainer, (model, score), {"args": config(**options, **more)}, rows
+
+
+def grpo(model, options):
+    from trl import GRPOConfig, GRPOTrainer
+
+    more = {"beta": 0.04, "entropy_coef": 0.01, "num_iterations": 2}
+    return online(model, options, GRPOConfig, GRPOTrainer, **more)
+
+
+def rloo(model, options):
+    from trl import RLOOConfig, RLOOTrainer
+
+    return online(model, options, RLOOConfig, RLOOTrainer, beta=0.05)
+
+
+def reward(_, options):
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [{"chosen": text(k), "rejected": text(k + 200, 4)} for k in range(8)]
+    return RewardTrainer, (llama(1, reward=True),), {"args": RewardConfig(**options)}, rows
+
+
+def history(make, tmp_path, monkeypatch, patch, **options):
+    """What a short run logs, its weights in the end, and how often our operators were called."""
+    from datasets import Dataset
+    from transformers import set_seed
+
+    calls = {"head": 0, "token_logprob": 0}
+    forward, logprob = adapter._Head.forward, adapter.token_logprob
+
+    def head_spy(*args):
+        calls["head"] += 1
+        return forward(*args)
+
+    def logprob_spy(*args, **kwargs):
+        calls["token_logprob"] += 1
+        return logprob(*args, **kwargs)
+
+    monkeypatch.setattr(adapter._Head, "forward", staticmethod(head_spy))
+    monkeypatch.setattr(adapter, "token_logprob", logprob_spy)
+    options = {
+        "output_dir": str(tmp_path / str(patch)),
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "seed": 0,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "max_steps": 3,
+        **options,
+    }
+    trainer, args, kwargs, rows = make(llama(), options)
+    set_seed(0)  # PPO of TRL 1.12 shuffles with numpy
+    if patch:
+        adapter.patch()
+    try:
+        made = trainer(
+            *args, **kwargs, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
+        )
+        made.train()
+    finally:
+        adapter.unpatch()
+        monkeypatch.undo()
+    logs = [
+        {
+            k: v
+            for k, v in row.items()
+            if isinstance(v, float) and "time" not in k and "per_sec" not in k
+        }
+        for row in made.state.log_history
+        if "loss" in row or "loss/policy_avg" in row
+    ]
+    return logs, [p.detach().clone() for p in made.model.parameters()], calls
+
+
+def same_run(make, tmp_path, monkeypatch, **options):
+    logs, weights, calls = history(make, tmp_path, monkeypatch, True, **options)
+    host_logs, host_weights, none = history(make, tmp_path, monkeypatch, False, **options)
+    assert not any(none.values()) and len(logs) == len(host_logs) >= 2
+    return calls, (logs, weights), (host_logs, host_weights)
+
+
+@pytest.mark.parametrize(
+    "make", [sft, dpo, weighted_dpo, kto, grpo, rloo], ids=lambda f: f.__name__
+)
+@new
+def test_a_trainer_logs_the_same(make, tmp_path, monkeypatch):
+    calls, (logs, weights), (host_logs, host_weights) = same_run(make, tmp_path, monkeypatch)
+    assert calls["head"] >= 3, calls
+    for row, host in zip(logs, host_logs, strict=True):
+        assert row == pytest.approx(host, rel=1e-4, abs=2e-5, nan_ok=True)
+    for a, b in zip(weights, host_weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+
+
+@new
+def test_sft_with_autocast(tmp_path, monkeypatch):
+    """Float32 parameters, products in bfloat16: where rounding differs, losses still agree."""
+    calls, (logs, _), (host_logs, _) = same_run(sft, tmp_path, monkeypatch, bf16=True)
+    assert calls["head"] >= 3, calls
+    for row, host in zip(logs, host_logs, strict=True):
+        assert row["loss"] == pytest.approx(host["loss"], rel=2e-3)
+        assert row["grad_norm"] == pytest.approx(host["grad_norm"], rel=2e-2)
+
+
+@new
+def test_the_reward_trainer_is_left_alone(tmp_path, monkeypatch):
+    calls, ours, host = same_run(reward, tmp_path, monkeypatch)
+    assert not any(calls.values()) and ours[0] == host[0]
+    assert all(map(torch.equal, ours[1], host[1]))
+
+
+def ppo(model, options):
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    options = {**options, "per_device_train_batch_size": 4}
+    del options["max_steps"]
+    config = PPOConfig(
+        **options,
+        total_episodes=16,
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        response_length=12,
+        local_rollout_forward_batch_size=4,
+        gradient_accumulation_steps=2,
+        whiten_rewards=True,
+        num_sample_generations=0,
+        temperature=0.9,
+        missing_eos_penalty=1.0,
+    )
+    rows = [{"input_ids": tokenizer()(text(k))["input_ids"]} for k in range(16)]
+    models = {"model": model, "ref_model": llama(), "reward_model": llama(1, reward=True)}
+    models["value_model"] = llama(2, reward=True)
+    return PPOTrainer, (), {"args": config, **models}, rows
+
+
+@old
+def test_ppo_logs_the_same(tmp_path, monkeypatch):
+    calls, (logs, weights), (host_logs, host_weights) = same_run(ppo, tmp_path, monkeypatch)
+    assert calls["token_logprob"] >= 8, calls
+    for row, host in zip(logs, host_logs, strict=True):
+        assert row == pytest.approx(host, rel=1e-4, abs=2e-5, nan_ok=True)
+    for a, b in zip(weights, host_weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+
+
+# ---- TRL's own tests ----------------------------------------------------------------------------
+
+PLUGIN = """
+from rlhf_kernels.integrations import trl
+
+def pytest_configure(config):
+    trl.patch()
+
+def pytest_unconfigure(config):
+    from trl.trainer import utils
+    print(type(utils._ChunkedLogProbFunction).__module__)
+    print(trl.report())
+"""
+
+
+@pytest.mark.skipif(
+    "TRL_TESTS" not in os.environ, reason="TRL_TESTS names no folder of TRL's tests"
+)
+def test_tests_of_trl(tmp_path):
+    (tmp_path / "with_our_patch.py").write_text(PLUGIN)
+    file = Path(os.environ["TRL_TESTS"]) / "test_utils.py"
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    names = "SelectiveLogSoftmax or EntropyFromLogits"
+    command = [sys.executable, "-m", "pytest", "-p", "with_our_patch", "-q", "-rs", "-k", names]
+    environment = {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(
+        [*command, str(file)], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and adapter.__name__ in done.stdout
