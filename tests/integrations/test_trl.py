@@ -172,6 +172,17 @@ def test_the_first_of_several_largest_is_the_top(dtype, seed, patched):
     assert got.dtype == torch.bool and 10 < host.sum() < 40 and torch.equal(got, host)
 
 
+@new
+def test_nan_and_minus_inf_are_never_the_top():
+    """Not strict, so that ours looks at them: argmax would take the first NaN."""
+    hidden, weight = torch.ones(3, 2), torch.ones(5, 2)
+    hidden[1], hidden[2] = float("nan"), -INF
+    args = (hidden, weight, None, torch.zeros(3, dtype=torch.int64), 1.0, None, 1.0)
+    with adapter.patched(strict=False):
+        got = apply_head(utils._ChunkedLogProbFunction, *args)[4]
+    assert got.tolist() == apply_head(HEAD, *args)[4].tolist() == [True, False, False]
+
+
 MIXED = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
 
 
