@@ -3,6 +3,9 @@
 The self-check runs every operator on every backend that is available, on its float32 samples,
 forward and gradient, against the reference in float64, in seconds. Exit status 1: an error is above
 twice that of the plain formula (the reference in float32) plus the operator's absolute term.
+
+``python -m rlhf_kernels integrations``: what the adapters would replace in the trainers that are
+installed beside this package, and what they leave alone and why. It imports these trainers.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from rlhf_kernels.backend import BACKENDS, why_not
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, in_float64, outputs
 from rlhf_kernels.specs import SPECS
 
+ADAPTERS = ("trl", "verl", "openrlhf")
 DEVICE = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
@@ -138,7 +142,19 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"  {line}".rstrip() for line in lines]
 
 
-def main() -> int:
+def integrations() -> int:
+    for name in ADAPTERS:
+        adapter = importlib.import_module(f"rlhf_kernels.integrations.{name}")
+        print(adapter.survey(), "", sep="\n")
+    return 0
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    if list(arguments) == ["integrations"]:
+        return integrations()
+    if arguments:
+        print(f"expected nothing, or integrations, got {' '.join(arguments)}", file=sys.stderr)
+        return 2
     print(*_columns(versions()), "", sep="\n")
     print("Which backend runs which operator:", *availability(), "", sep="\n")
     lines, good = self_check()
@@ -148,4 +164,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -39,6 +40,16 @@ def test_report_of_a_sound_installation(capsys):
         for backend, cell in zip(BACKENDS, cells, strict=True):
             reason = why_not(spec.name, backend)
             assert cell == "yes" if reason is None else f"  {cell[3:]} {reason}\n" in text
+
+
+def test_integrations_are_surveyed(capsys):
+    """Trainers that are not installed are named as such; each adapter's own tests are elsewhere."""
+    assert report.main(["integrations"]) == 0
+    text = capsys.readouterr().out
+    for name in ("trl", "verl", "openrlhf"):
+        assert (f"{name} is not installed\n" in text) == (find_spec(name) is None)
+    assert report.main(["integration"]) == 2
+    assert "got integration" in capsys.readouterr().err
 
 
 def wrong_on_cpu(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

@@ -41,12 +41,12 @@ from rlhf_kernels.full_weight import full_weight
 from rlhf_kernels.gae import gae
 from rlhf_kernels.integrations import patching
 from rlhf_kernels.kl_estimate import kl_estimate
+from rlhf_kernels.linear_chunks import NOTHING_IGNORED
 from rlhf_kernels.linear_logprob import linear_logprob
 from rlhf_kernels.token_logprob import TokenLogprob, token_logprob
 
 LOW = (torch.bfloat16, torch.float16)
 IGNORED = -100
-NO_TOKEN = -(1 << 63)  # as ignore_index: nothing is ignored
 
 
 def _runs(op: str, *tensors: Any) -> bool:
@@ -82,7 +82,7 @@ def _log_probs_from_logits(original: Any, strict: bool) -> Any:
         if temperature != 1.0:
             logits.div_(temperature)  # who looks at them later sees this
         # The host scores on CUDA with flash-attn, which ignores this label.
-        ignore_index = IGNORED if logits.is_cuda else NO_TOKEN
+        ignore_index = IGNORED if logits.is_cuda else NOTHING_IGNORED
         try:
             return token_logprob(logits, labels, ignore_index=ignore_index).to(logits.dtype)
         except IndexError:
@@ -299,7 +299,7 @@ def _serve(
             tokens = tokens.masked_fill(action_mask == 0, IGNORED)
     options = ran.head._asdict() | {
         "temperature": actor.temperature,
-        "ignore_index": NO_TOKEN if strict else IGNORED,
+        "ignore_index": NOTHING_IGNORED if strict else IGNORED,
         "with_entropy": return_entropy,
     }
     try:
