@@ -101,11 +101,7 @@ def _check(spec: OpSpec, backend: str) -> tuple[float, str]:
 
 def _run(spec: OpSpec, inputs: Inputs, backend: str) -> list[Tensor]:
     """Outputs of one call, then the gradients of the first output, weighted unevenly."""
-    leaves = {
-        name: inputs[name].detach().clone().requires_grad_()
-        for name in spec.differentiable
-        if isinstance(inputs.get(name), Tensor)
-    }
+    leaves = {n: inputs[n].detach().clone().requires_grad_() for n in spec.leaves(inputs)}
     found = outputs(spec.function(**{**inputs, **leaves}, backend=backend))
     first, results = found[0], [out.detach() for out in found]
     if not first.requires_grad:

@@ -98,6 +98,9 @@ _warned: set[str] = set()
 _triton_modules: dict[str, str] = {}  # torch operator name -> module
 
 
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
 def define(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
     """Define the torch operators behind the public function ``op``.
 
@@ -109,20 +112,13 @@ def define(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
         schemas: torch operator name -> (schema without the name, fake implementation). The
             operators exist without any implementation.
     """
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     for name, (schema, fake) in schemas.items():
-        _triton_modules[name] = f"rlhf_kernels.{op}_triton"
-        for library in ("rlhf_kernels", "rlhf_kernels_triton"):
-            torch.library.define(f"{library}::{name}", schema, tags=tags)
-            torch.library.register_fake(f"{library}::{name}", fake)
-        if _library_problem["triton"] is None:
-            keys = ("CPU", "CUDA") if INTERPRETING else "CUDA"
-            function = functools.partial(launch_triton, name)
-            torch.library.impl(f"rlhf_kernels_triton::{name}", keys, function)
+        torch.library.define(f"rlhf_kernels::{name}", schema, tags=_TAGS)
+        torch.library.register_fake(f"rlhf_kernels::{name}", fake)
         compiled = getattr(torch.ops.rlhf_kernels, name).default
         setattr(operators["cpu"], name, compiled)
         setattr(operators["cuda"], name, compiled)
-        setattr(operators["triton"], name, getattr(torch.ops.rlhf_kernels_triton, name).default)
+    define_triton(op, schemas)
     for backend, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         missing = [name for name in schemas if not has(f"rlhf_kernels::{name}", key)]
@@ -131,6 +127,19 @@ def define(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
     file = f"{op}_triton.py"
     missing_file = None if (_FOLDER / file).exists() else f"there is no {file}"
     _reasons[op, "triton"] = _library_problem["triton"] or missing_file
+
+
+def define_triton(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
+    """The Triton side of ``define``; alone, for torch operators that no compiled library has."""
+    for name, (schema, fake) in schemas.items():
+        _triton_modules[name] = f"rlhf_kernels.{op}_triton"
+        torch.library.define(f"rlhf_kernels_triton::{name}", schema, tags=_TAGS)
+        torch.library.register_fake(f"rlhf_kernels_triton::{name}", fake)
+        if _library_problem["triton"] is None:
+            keys = ("CPU", "CUDA") if INTERPRETING else "CUDA"
+            function = functools.partial(launch_triton, name)
+            torch.library.impl(f"rlhf_kernels_triton::{name}", keys, function)
+        setattr(operators["triton"], name, getattr(torch.ops.rlhf_kernels_triton, name).default)
 
 
 def define_composed(
@@ -179,6 +188,11 @@ class Fastest(NamedTuple):
 FASTEST: tuple[Fastest, ...] = ()
 
 
+def requested(backend: str | None) -> str | None:
+    """The backend that the caller or the environment insists on; None: it is chosen."""
+    return backend or os.environ.get("RLHF_KERNELS_BACKEND") or None
+
+
 def select(
     op: str,
     device_type: str,
@@ -199,7 +213,7 @@ def select(
         ValueError: unknown backend, or a backend for another device.
         RuntimeError: the backend was asked for and cannot run here; the message says why.
     """
-    asked = backend or os.environ.get("RLHF_KERNELS_BACKEND") or None
+    asked = requested(backend)
     if asked is None:
         return _automatic(op, device_type, dtype, size)
     source = "backend" if backend else "RLHF_KERNELS_BACKEND"

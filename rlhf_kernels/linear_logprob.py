@@ -39,6 +39,7 @@ def linear_logprob(
     with_entropy: bool = False,
     process_group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
+    fast: bool = False,
     backend: str | None = None,
 ) -> Tensor | TokenLogprob:
     """``token_logprob`` of the logits that a language model's head makes of its hidden states.
@@ -73,6 +74,13 @@ def linear_logprob(
             exchanged once a call, which waits for the device; no CUDA graph can hold it, and
             torch.compile breaks its graph here. Not for backend="reference".
         chunk_tokens: tokens whose logits exist at a time; None: what the memory above has room for.
+        fast: let a Triton kernel that multiplies and sums up at once serve where no gradient is
+            needed, on CUDA tensors of at most 32 bits. Its logits are float32, none is stored
+            (``chunk_tokens`` does nothing), and other tokens of the batch change no bit; but its
+            bits are not those of the calls that have a gradient, so it must not make the old
+            log-probs of a ratio that should be exactly 1. The ordinary path runs, as without it:
+            with gradients or process_group; for float64, or a weight whose rows are not dense; and
+            where a backend other than triton is asked for, here or in the environment.
         backend: of the row kernels: reference | cpu | triton | cuda; None chooses (see
             rlhf_kernels.backend). With reference all logits exist.
 
@@ -108,6 +116,10 @@ def linear_logprob(
         scale = head.temperature_value if head.temperature is None else head.temperature
         z = linear_chunks.logits_reference(rows, head)
         logprob, entropy = token_logprob_reference(z, flat, scale, ignore_index)
+    elif fast and shard is None and _fast_serves(rows, head, chosen, backend):
+        logprob, entropy = _backend.operators["triton"].linear_logprob_fast(
+            rows, head.weight, head.bias, flat, *head[2:], with_entropy
+        )
     else:
         apply = _LinearLogprob.apply if shard is None else _apply_sharded
         logprob, entropy = apply(
@@ -118,6 +130,19 @@ def linear_logprob(
     if not with_entropy:
         return logprob
     return TokenLogprob(logprob, entropy.view(hidden.shape[:-1]))
+
+
+def _fast_serves(rows: Tensor, head: Head, chosen: str, asked: str | None) -> bool:
+    """Whether the kernel without gradients may run; a recorded row kernel does not stand for it."""
+    leaves = (rows, head.weight, head.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves):
+        return False
+    if rows.dtype == torch.float64 or (rows.shape[1] > 1 and head.weight.stride(1) != 1):
+        return False
+    if chosen == "triton":
+        return True
+    free = rows.is_cuda and _backend.requested(asked) is None
+    return free and _backend.why_not("linear_logprob", "triton") is None
 
 
 @linear_chunks.without_autocast
@@ -266,6 +291,24 @@ _backend.define_composed(
 )
 
 
+def _fast_fake(hidden, weight, bias, tokens, *rest):
+    shape = hidden.shape[:1] if rest[-1] else (0,)
+    return tuple(hidden.new_empty(x, dtype=torch.float32) for x in (tokens.shape, shape))
+
+
+_backend.define_triton(
+    "linear_logprob",
+    {
+        "linear_logprob_fast": (
+            "(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? temperature, "
+            "float temperature_value, float logit_scale, float softcap, int ignore_index, "
+            "bool with_entropy) -> (Tensor logprob, Tensor entropy)",
+            _fast_fake,
+        ),
+    },
+)
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend, shard, hidden, weight, bias, tokens, temperature, *options):
@@ -331,6 +374,12 @@ def samples(make: Maker) -> Iterator[Sample]:
     yield case("ignored positions", 257, 6, tokens=ignored, **both)
     yield case("nothing scored", 9, 3, tokens=make.tensor([-100] * 3, torch.int64))
     yield case("no rows", 33, 0, with_entropy=True)
+    yield case("without gradients", 100, 19, fast=True, temperature=0.7, bias=make.randn(100))
+    several = {"tokens": make.integers(67, 5, 2), "temperature": make.uniform(5, 1, low=0.5)}
+    capped = {"softcap": 3.0, "logit_scale": 2.0, "with_entropy": True}
+    yield case("the same, several tokens, softcap", 67, 5, fast=True, **several, **capped)
+    odd = {"hidden": make.randn(6, 17), "weight": make.randn(257, 17), "tokens": ignored}
+    yield case("the same, no width of a wide load", 257, 6, fast=True, **odd)
 
 
 def _bench(make: Maker) -> Iterator[Sample]:
@@ -345,5 +394,6 @@ SPEC = OpSpec(
     samples=samples,
     bench=_bench,
     differentiable=("hidden", "weight", "bias"),
+    without_gradients=lambda inputs: inputs.get("fast", False),
     own_matmul=False,
 )

@@ -69,6 +69,7 @@ class OpSpec:
             written once. Unless given, the inputs alone: where the outputs are small.
         bytes_backward: least traffic of forward and backward together.
         smooth: whether a call has no kink near its inputs, so that finite differences agree.
+        without_gradients: whether a call is about what runs where no gradient is needed.
         in_input_dtype: outputs, counted from the end, in the dtype of the inputs, as gradients are,
             and not in that of the accumulation.
         own_matmul: False where a library multiplies matrices: threads and other rows may change the
@@ -87,6 +88,7 @@ class OpSpec:
     bytes_forward: Callable[[Inputs], int] = field(default=lambda inputs: total_bytes(inputs))
     bytes_backward: Callable[[Inputs], int] = field(default=lambda inputs: 2 * total_bytes(inputs))
     smooth: Callable[[Inputs], bool] = field(default=lambda inputs: True)
+    without_gradients: Callable[[Inputs], bool] = field(default=lambda inputs: False)
     in_input_dtype: tuple[int, ...] = ()
     own_matmul: bool = True
     compiles: bool = True
@@ -99,6 +101,12 @@ class OpSpec:
         torch.float64,
     )
     backends: tuple[str, ...] = ("reference", "cpu")
+
+    def leaves(self, inputs: Inputs) -> list[str]:
+        """Names of the tensors of a call whose gradients are taken."""
+        if self.without_gradients(inputs):
+            return []
+        return [n for n in self.differentiable if isinstance(inputs.get(n), torch.Tensor)]
 
 
 def total_bytes(inputs: Inputs) -> int:

@@ -124,11 +124,12 @@ def before(column, end, TILE: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constex
 def softmax_step(z, top, total, dot, scale, WITH_DOT: tl.constexpr):
     """Add a tile to the sums of the lanes: total = sum 2^s, dot = sum s 2^s, s relative to top.
 
+    ``scale``: a number, or one a lane.
     Returns top, total, dot; s and 2^s of the tile; and by how much s of earlier tiles has moved.
     """
     new = tl.maximum(top, tl.max(z, 1))
     base = tl.where(new == -float("inf"), 0.0, new)  # all banned so far
-    s = (z - base[:, None]) * scale
+    s = (z - base[:, None]) * tl.expand_dims(scale, -1)
     e = tl.exp2(s)
     down = tl.where(top == -float("inf"), 0.0, (top - base) * scale)
     factor = tl.exp2(down)

@@ -26,6 +26,16 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int = 4, **constan
         kernel[(programs,)](*args, num_warps=num_warps, enable_fp_fusion=False, **constants)
 
 
+def architecture(device: torch.device) -> str:
+    """What a kernel's tiles are chosen by: ``"sm_90"``, ``"gfx942"``, or ``"interpreter"``."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 @overload
 def dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
 @overload

@@ -47,11 +47,7 @@ def large(spec: OpSpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> In
 
 def results(spec: OpSpec, inputs: Inputs, backend: str) -> list[Tensor]:
     """Outputs and gradients; unlike ``test_ops.run`` it copies nothing to the device."""
-    leaves = {
-        name: inputs[name].detach().requires_grad_()
-        for name in spec.differentiable
-        if isinstance(inputs.get(name), Tensor)
-    }
+    leaves = {name: inputs[name].detach().requires_grad_() for name in spec.leaves(inputs)}
     found = outputs(spec.function(**{**inputs, **leaves}, backend=backend))
     wanted = [x for x in found if x.requires_grad]
     if not wanted:
@@ -241,6 +237,50 @@ def test_long_rows_in_one_call(vocab, dtype, kind, inplace, backend):
     for i, (a, b, t) in enumerate(zip(outputs(got), plain, truth, strict=True)):
         assert_close_to_truth(a, b, t, 1e-6, f"result {i}")
     assert wide[:, 0].isnan().all() and wide[:, vocab + 1 :].isnan().all()
+
+
+# ---- The product with its softmax -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda x: str(x)[6:])
+def test_fast_log_probs_of_a_real_head(dtype):
+    """Against float64; a row alone, beside ignored rows, and in a graph has the same bits.
+
+    2177 rows: more than a group of blocks, the last not full. 151936 columns: splits of 4 tiles.
+    """
+    if reason := why_not("linear_logprob", "triton"):
+        pytest.skip(reason)
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(2177, 1024, device="cuda", generator=generator).to(dtype)
+    weight = (torch.randn(151936, 1024, device="cuda", generator=generator) / 16).to(dtype)
+    tokens = torch.randint(151936, (2177,), device="cuda", generator=generator)
+    options = {"temperature": 0.8, "with_entropy": True}
+    call = functools.partial(
+        rk.linear_logprob, weight=weight, fast=True, backend="triton", **options
+    )
+    rows = torch.tensor([0, 127, 128, 2048, 2176], device="cuda")
+    got = [x[rows] for x in call(hidden, tokens=tokens)]
+    for count in (1, 3, 5):
+        assert_same_bits(
+            [x[:count] for x in got],
+            list(call(hidden[rows[:count]], tokens=tokens[rows[:count]])),
+            f"{count} rows",
+        )
+    some = torch.full_like(tokens, -100)
+    some[rows] = tokens[rows]
+    assert_same_bits([x[rows] for x in call(hidden, tokens=some)], got, "beside ignored rows")
+    captured, replay = capture(lambda: list(call(hidden, tokens=some)))
+    replay()
+    assert_same_bits([x[rows] for x in captured], got, "in a graph")
+    assert not captured[0][some == -100].any()
+    plain, truth = (
+        rk.linear_logprob(
+            hidden[rows].to(t), weight.to(t), tokens[rows], **options, backend="reference"
+        )
+        for t in (torch.float32, torch.float64)
+    )
+    for i, (a, b, t) in enumerate(zip(got, plain, truth, strict=True)):
+        assert_close_to_truth(a, b, t, 1e-6, f"result {i}")
 
 
 # ---- More than 2^31 elements ----------------------------------------------------------------

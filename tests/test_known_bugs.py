@@ -398,9 +398,8 @@ def test_host_sync():
         for sample in spec.samples(Maker()):
             with FakeTensorMode(allow_non_fake_inputs=False) as mode:
                 inputs = map_tensors(sample.inputs, mode.from_tensor)
-                for name in spec.differentiable:
-                    if isinstance(inputs.get(name), Tensor):
-                        inputs[name] = inputs[name].detach().requires_grad_()
+                for name in spec.leaves(inputs):
+                    inputs[name] = inputs[name].detach().requires_grad_()
                 out = spec.function(**inputs, backend="cpu")
                 loss = out if isinstance(out, Tensor) else out[0]
                 if loss.requires_grad:

@@ -31,10 +31,9 @@ def run(spec: OpSpec, inputs: dict[str, Any], backend: str) -> tuple[list[Tensor
     """Outputs, and the gradients of the differentiable arguments under fixed random weights."""
     inputs = dict(inputs)
     leaves = []
-    for name in spec.differentiable:
-        if isinstance(inputs.get(name), Tensor):
-            inputs[name] = inputs[name].detach().clone().requires_grad_()
-            leaves.append(inputs[name])
+    for name in spec.leaves(inputs):
+        inputs[name] = inputs[name].detach().clone().requires_grad_()
+        leaves.append(inputs[name])
     found = outputs(spec.function(**inputs, backend=backend))
     if not leaves:
         return found, []
@@ -106,7 +105,7 @@ def test_gradcheck_in_float64(spec, device, backend):
         pytest.skip(f"{spec.name} has one backward a call: its own tests take differences")
     checked = 0
     for sample in samples(spec, device, torch.float64):
-        names = [n for n in spec.differentiable if isinstance(sample.inputs.get(n), Tensor)]
+        names = spec.leaves(sample.inputs)
         size = sum(sample.inputs[n].numel() for n in names)
         if not 0 < size <= 2048 or not spec.smooth(sample.inputs):
             continue
@@ -181,9 +180,8 @@ def test_torch_compile_without_a_graph_break(spec, device, backend):
         torch._dynamo.reset()  # each sample has other options: not one function compiled often
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         inputs = dict(sample.inputs)
-        for name in spec.differentiable:
-            if isinstance(inputs.get(name), Tensor):
-                inputs[name] = inputs[name].detach().clone().requires_grad_()
+        for name in spec.leaves(inputs):
+            inputs[name] = inputs[name].detach().clone().requires_grad_()
         eager, graph = outputs(function(inputs)), outputs(compiled(inputs))
         for a, b in zip(eager, graph, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -86,8 +86,11 @@ def variant(kernel: Any, args: Iterable[Any], num_warps: int, constants: dict[st
     return Variant(kernel, tuple(signature), tuple(folded), tuple(aligned), num_warps)
 
 
-def record(spec: OpSpec, dtypes: Iterable[torch.dtype]) -> list[Variant]:
-    """The different launches of an operator, forward and backward, over samples and benchmarks."""
+def record(spec: OpSpec, dtypes: Iterable[torch.dtype], target: str) -> list[Variant]:
+    """The different launches of an operator, forward and backward, over samples and benchmarks.
+
+    Tiles are those of ``target``.
+    """
     found: dict[Variant, None] = {}
 
     def launch(kernel, programs, *args, num_warps=4, **constants):
@@ -95,8 +98,10 @@ def record(spec: OpSpec, dtypes: Iterable[torch.dtype]) -> list[Variant]:
             found[variant(kernel, args, num_warps, constants)] = None
 
     saved = triton_common.launch, backend.select, backend.operators["triton"]
+    architecture = triton_common.architecture
     launchers = {name: functools.partial(backend.launch_triton, name) for name in vars(saved[2])}
     triton_common.launch = launch
+    triton_common.architecture = lambda device: target
     backend.select = lambda *_: "triton"
     backend.operators["triton"] = types.SimpleNamespace(**launchers)
     try:
@@ -105,6 +110,7 @@ def record(spec: OpSpec, dtypes: Iterable[torch.dtype]) -> list[Variant]:
                 _run(spec, inputs)
     finally:
         triton_common.launch, backend.select, backend.operators["triton"] = saved
+        triton_common.architecture = architecture
     return list(found)
 
 
@@ -114,8 +120,7 @@ def _inputs(spec: OpSpec, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
 
 def _run(spec: OpSpec, inputs: dict[str, Any]) -> None:
-    leaves = [n for n in spec.differentiable if isinstance(inputs.get(n), torch.Tensor)]
-    for name in leaves:
+    for name in spec.leaves(inputs):
         inputs[name] = inputs[name].detach().requires_grad_()
     out = spec.function(**inputs)
     flat = [out] if isinstance(out, torch.Tensor) else list(out)
@@ -140,7 +145,11 @@ def compile_for(target: str, v: Variant) -> dict[str, Any]:
         use |= _resources(binary.asm["cubin"])
         use["divides_float64"] = "div.rn.f64" in binary.asm["ptx"]
         loads = re.findall(r"ld\.global[^ ]*?(?:\.v(\d))?\.[bfu](\d+)", binary.asm["ptx"])
-        use["widest_load"] = max((int(n or 1) * int(bits) // 8 for n, bits in loads), default=0)
+        sizes = [int(n or 1) * int(bits) // 8 for n, bits in loads]
+        found = re.findall(r"cp\.async\.c\w\.shared\.global [^;]*?\], (\w+)", binary.asm["ptx"])
+        copies = [int(size, 0) for size in found]  # to shared memory, of factors of a product
+        use["widest_load"] = max((*sizes, *copies), default=0)
+        use["narrowest_copy"] = min(copies, default=16)
     else:
         text = binary.asm["amdgcn"]
         use["registers"] = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
@@ -170,8 +179,8 @@ def main() -> None:
     for spec in SPECS:
         if options.op and spec.name not in options.op:
             continue
-        for v in record(spec, dtypes):
-            for target in options.target or TARGETS:
+        for target in options.target or TARGETS:
+            for v in record(spec, dtypes, target):
                 use = {"triton": triton.__version__, "op": spec.name, **compile_for(target, v)}
                 print(json.dumps(use), flush=True)
 
