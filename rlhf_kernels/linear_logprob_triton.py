@@ -48,7 +48,7 @@ LOW = {
     "sm_80": Tiles(128, 128, 64, 8, 4),
     "sm_90": Tiles(128, 256, 64, 8, 4),
     "sm_100": Tiles(128, 128, 64, 8, 4),
-    "gfx942": Tiles(128, 128, 64, 8, 2),
+    "gfx942": Tiles(128, 64, 64, 8, 2),
 }
 LOW_ELSE = Tiles(128, 128, 32, 8, 4)
 LOW_UNALIGNED = Tiles(64, 64, 16, 8, 2)  # without 16-byte loads
