@@ -27,6 +27,7 @@ LEAST_TOKENS = 128  # of a chunk: with fewer a matrix product starves
 TILE = 128  # tokens that a matrix product takes at once: chunks are multiples, where there is room
 LOW = (torch.bfloat16, torch.float16)
 NOTHING_IGNORED = torch.iinfo(torch.int64).min  # an ignore_index for which nobody looks
+LARGEST_CHANGE = 0.5  # of a logit, over the temperature, by what 16 bits have rounded off
 ADDED_ROWS = 4096  # of a product of 16 bits that are added to dW at a time, on the CPU
 _accumulation = checks.accumulation_dtype
 
@@ -84,9 +85,10 @@ def check(
             f"weight: expected shape (V, {hidden.shape[-1] if hidden.dim() else 'H'}) to match "
             f"hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
-    if weight.shape[0] < 1:
-        raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {tuple(weight.shape)}")
-    if torch.is_autocast_enabled(hidden.device.type):
+    if weight.shape[1] < 1:
+        raise ValueError(f"weight: expected shape (V, H) with H >= 1, got {tuple(weight.shape)}")
+    wide = hidden.dtype == torch.float64  # which autocast leaves alone
+    if torch.is_autocast_enabled(hidden.device.type) and not wide:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -115,6 +117,13 @@ def check(
         0.0 if softcap is None else float(softcap),
         ignore_index,
     )
+    factor = (head.softcap or head.logit_scale) if temperature_tensor is None else 1.0
+    if not 1e-30 < temperature_value / factor < 1e30:
+        name = "softcap" if head.softcap else "logit_scale"
+        raise ValueError(
+            f"temperature: expected temperature / {name} between 1e-30 and 1e30, got "
+            f"{temperature_value} / {factor}"
+        )
     rows = hidden.reshape(-1, hidden.shape[-1])
     return rows, tokens.reshape(-1, tokens.shape[-1]) if many else tokens.reshape(-1), head
 
@@ -132,7 +141,13 @@ def logits_reference(hidden: Tensor, head: Head) -> Tensor:
     return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
 
 
-def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, vocab: int | None = None) -> int:
+def tokens_of_chunk(
+    hidden: Tensor,
+    head: Head,
+    asked: int | None,
+    vocab: int | None = None,
+    taken: bool = False,
+) -> int:
     """Tokens of a chunk: as many as the budget has room for, in chunks of about equal size.
 
     The same with and without gradients, as the last bits of a matrix product depend on how many
@@ -145,6 +160,7 @@ def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, vocab: int | 
         head: the head of these tokens.
         asked: the caller's number, or None.
         vocab: rows of the weight to plan for; None: of this one.
+        taken: hidden is a copy of the scored ones, and so is its gradient.
     """
     n, width = max(hidden.shape[0], 1), hidden.shape[1]
     vocab = head.weight.shape[0] if vocab is None else vocab
@@ -152,12 +168,16 @@ def tokens_of_chunk(hidden: Tensor, head: Head, asked: int | None, vocab: int | 
         return min(asked, n)
     budget = BUDGET.get(hidden.device.type, BUDGET["cuda"])
     size = hidden.element_size() + (_accumulation(hidden).itemsize if head.softcap else 0)
-    row = vocab * size + 64  # and some vectors
-    if n * row <= budget:
+    row = vocab * size + 64 + width * hidden.element_size()  # vectors; hidden times coefficients
+    copies = 2 * n * width * hidden.element_size() if taken else 0
+    if hidden.element_size() == 2:
+        row += width * 6  # the targets' rows of the weight, then in float32
+    if n * row + copies <= budget:
         return n
-    low = hidden.element_size() == 2 and not hidden.is_cuda
-    accumulator = (vocab + ADDED_ROWS) * width * 4 if low else 0
-    most = max((budget - accumulator) // row, LEAST_TOKENS)
+    if hidden.element_size() == 2 and not hidden.is_cuda:  # products of 16 bits, added in float32
+        row += min(vocab, ADDED_ROWS) * 4
+        copies += (vocab + ADDED_ROWS) * width * 4
+    most = max((budget - copies) // row, LEAST_TOKENS)
     even = -(-n // -(-n // most))
     whole = -(-even // TILE) * TILE
     return whole if whole <= most else even
@@ -285,7 +305,11 @@ class Sweep:
         change = (x.exp() - rounded.exp()) * (-log_sum).exp()
         fine = x - log_sum - torch.log1p(change)
         scored = (tokens if many else tokens.unsqueeze(-1)) != ignore_index
-        kept = scored & fine.isfinite() & logprob.isfinite()
+        # Rounding keeps an order that a target alone would leave: where the difference decides, as
+        # at a very low temperature, both stay rounded.
+        small = (x - rounded).abs() <= LARGEST_CHANGE
+        fine = fine.clamp(max=0)
+        kept = scored & small & fine.isfinite() & logprob.isfinite()
         return torch.where(kept, fine, logprob).view_as(rows.logprob)
 
     def gradient(
@@ -342,7 +366,13 @@ class Sweep:
         return written
 
     def add_products(
-        self, part: slice, g: Tensor, coefficient: Tensor | None, into: Tensor | None, wanted: bool
+        self,
+        part: slice,
+        g: Tensor,
+        coefficient: Tensor | None,
+        into: Tensor | None,
+        weight: bool,
+        bias: bool,
     ) -> None:
         """dH = c g W into ``into``, and where wanted dW += g^T (c H) and d bias += g^T c.
 
@@ -353,12 +383,12 @@ class Sweep:
             self.times_weight(g, into[part])
             if c is not None:
                 into[part].mul_(c.unsqueeze(-1))
-        if wanted:
+        if weight:
             scaled = h if c is None else (h * c.unsqueeze(-1)).to(h.dtype)
             self.grad_weight = self._added(self.grad_weight, g, scaled)
-            if self.head.bias is not None:
-                ones = h.new_ones(h.shape[0], 1) if c is None else c.unsqueeze(-1).to(h.dtype)
-                self.grad_bias = self._added(self.grad_bias, g, ones)
+        if bias:
+            ones = h.new_ones(h.shape[0], 1) if c is None else c.unsqueeze(-1).to(h.dtype)
+            self.grad_bias = self._added(self.grad_bias, g, ones)
 
     def _added(self, total: Tensor | None, g: Tensor, h: Tensor) -> Tensor:
         """total + g^T h; the total in float32 with several chunks, or where asked for."""

@@ -47,7 +47,8 @@ def linear_logprob(
         logits = softcap tanh(logit_scale (hidden weight^T + bias) / softcap) / temperature
 
     Memory: one chunk of logits, forward and backward (by default within 128 MiB on the CPU and 1.25
-    GiB on CUDA); the backward makes each chunk again, which costs a fourth matrix product. With
+    GiB on CUDA, beside the returned gradients and, for 16 bits in several chunks, the float32 sum
+    of the weight's); the backward makes each chunk again, which costs a fourth matrix product. With
     inputs of 16 bits the logits have 16 bits as well, but the target's logit, and its share of the
     normaliser, are float32. Deterministic; as a library's matrix product may depend on how many
     rows it has, another batch may change the last bits.
@@ -169,7 +170,7 @@ def forward_sweep(
     scaling = (temperature_value, logit_scale, softcap, ignore_index)
     head = Head(weight, bias, take(temperature, index), *scaling)
     largest = None if shard is None else shard.largest
-    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, largest)
+    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, largest, index is not None)
     sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
     full = _empty_results(hidden, tokens, with_entropy)
     results = full if index is None else _empty_results(h, some, with_entropy)
@@ -214,6 +215,7 @@ def backward_sweep(
     log_sum: Tensor,
     need_hidden: bool,
     need_weight: bool,
+    need_bias: bool,
     backend: str,
     shard: Shard | None = None,
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
@@ -228,7 +230,8 @@ def backward_sweep(
     statistics = [x if x.numel() == 0 else take(x, index) for x in (entropy, row_max, log_sum)]
     scaling = (temperature_value, logit_scale, softcap, ignore_index)
     head = Head(weight, bias, take(temperature, index), *scaling)
-    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens)
+    largest = None if shard is None else shard.largest
+    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, largest, index is not None)
     sweep = linear_parallel.make_sweep(h, head, backend, size, shard, dtypes)
     grad_hidden = sweep.new_gradient() if need_hidden else None
     for part in linear_chunks.chunks(h.shape[0], size):
@@ -237,7 +240,7 @@ def backward_sweep(
         g, g_entropy = (None if x is None else x[part] for x in grads)
         rows = Rows(z, h_part, max_part, sum_part)
         g_logits = sweep.gradient(part, z, some[part], rows, g, g_entropy)
-        sweep.add_products(part, g_logits, None, grad_hidden, need_weight)
+        sweep.add_products(part, g_logits, None, grad_hidden, need_weight, need_bias)
     if grad_hidden is not None:
         grad_hidden = sweep.hidden_gradient(grad_hidden)
         if index is not None:
@@ -256,11 +259,11 @@ def _forward_fake(hidden, weight, bias, tokens, *rest):
 
 
 def _backward_fake(grad_logprob, grad_entropy, hidden, weight, bias, *rest):
-    need_hidden, need_weight = rest[-3:-1]
+    need_hidden, need_weight, need_bias = rest[-4:-1]
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else hidden.new_empty(0),
-        torch.empty_like(bias) if need_weight and bias is not None else hidden.new_empty(0),
+        torch.empty_like(bias) if need_bias else hidden.new_empty(0),
     )
 
 
@@ -282,7 +285,7 @@ _backend.define_composed(
         ),
         "linear_logprob_bwd": (
             f"(Tensor? grad_logprob, Tensor? grad_entropy, {_HEAD}Tensor entropy, Tensor row_max, "
-            "Tensor log_sum, bool need_hidden, bool need_weight, str backend) "
+            "Tensor log_sum, bool need_hidden, bool need_weight, bool need_bias, str backend) "
             "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
             backward_sweep,
             _backward_fake,
@@ -334,7 +337,7 @@ class _LinearLogprob(torch.autograd.Function):
             return (None,) * 13
         *inputs, entropy, row_max, log_sum = ctx.saved_tensors
         args = (grad_logprob, grad_entropy, *inputs, *ctx.options, entropy, row_max, log_sum)
-        args += (need_hidden, need_weight or need_bias, ctx.backend)
+        args += (need_hidden, need_weight, need_bias, ctx.backend)
         if ctx.shard is None:
             grads = torch.ops.rlhf_kernels.linear_logprob_bwd.default(*args)
         else:

@@ -51,6 +51,9 @@ def shard_of(
         ValueError: the ranks disagree; on all of them, where they would wait for each other.
     """
     if group is None:
+        if weight.shape[0] < 1:
+            shape = tuple(weight.shape)
+            raise ValueError(f"weight: expected shape (V, H) with V >= 1, got {shape}")
         return None
     return _exchange(group, hidden, weight, tokens, chunk_tokens, with_entropy)
 
@@ -87,6 +90,10 @@ def _exchange(
             raise ValueError(
                 f"{name}: expected the same on all ranks of process_group, got {values}"
             )
+    if min(sizes) < 1:
+        raise ValueError(
+            f"weight: expected a row or more on each rank of process_group, got {sizes} rows"
+        )
     rank = group.rank()
     return Shard(group, sum(sizes[:rank]), sizes[rank], sum(sizes), max(sizes))
 

@@ -160,11 +160,12 @@ def _run(
     shard: Shard | None,
 ) -> tuple[Tensor, Any]:
     found: list[Any] = []  # the statistics, beside autograd
+    enabled = torch.is_grad_enabled()  # it never is within an autograd function
 
-    def sweep(need_hidden: bool, need_weight: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def sweep(*need: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         loss, stats, grads = _sweep(
             *(backend, hidden.detach(), tokens, head, loss_fn, vectors, with_entropy),
-            *(chunk_tokens, need_hidden, need_weight, shard),
+            *(chunk_tokens, *(enabled and x for x in need), shard),
         )
         found.append(stats)
         return loss, grads
@@ -186,6 +187,7 @@ def _sweep(
     chunk_tokens: int | None,
     need_hidden: bool,
     need_weight: bool,
+    need_bias: bool,
     shard: Shard | None,
 ) -> tuple[Tensor, Any, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Loss, statistics, and the gradients of hidden, weight and bias."""
@@ -195,10 +197,10 @@ def _sweep(
     head = head._replace(temperature=take(head.temperature, index))
     vectors = {name: take(x.detach(), index) for name, x in vectors.items()}
     largest = None if shard is None else shard.largest
-    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, largest)
+    size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, largest, index is not None)
     sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
     grad_hidden = sweep.new_gradient() if need_hidden else None
-    need = need_hidden or need_weight
+    need = need_hidden or need_weight or need_bias
     one_read = need and not with_entropy and not head.softcap and shard is None
     loss: Tensor | None = None
     stats: Any = None
@@ -221,10 +223,10 @@ def _sweep(
             continue
         g, g_entropy = _coefficients(part_loss, logprob, entropy, token != head.ignore_index)
         if one_read:
-            sweep.add_products(part, z, g, grad_hidden, need_weight)
+            sweep.add_products(part, z, g, grad_hidden, need_weight, need_bias)
         else:
             g_logits = sweep.gradient(part, z, token, rows, g, g_entropy)
-            sweep.add_products(part, g_logits, None, grad_hidden, need_weight)
+            sweep.add_products(part, g_logits, None, grad_hidden, need_weight, need_bias)
     if grad_hidden is not None:
         grad_hidden = sweep.hidden_gradient(grad_hidden)
         if index is not None:
@@ -251,19 +253,21 @@ def _coefficients(
 
 
 def _added(total: Any, x: Any) -> Any:
-    x = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, x)
-    if total is None:
-        return x
+    if type(x) in (tuple, list):
+        raise TypeError(
+            "loss_fn: expected its statistics to be None, a dict, or something that + adds up, got "
+            f"a {type(x).__name__}"
+        )
     if isinstance(x, Mapping):
-        return {name: total[name] + value for name, value in x.items()}
-    return total + x
+        return {k: _added(None if total is None else total[k], value) for k, value in x.items()}
+    x = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, x)
+    return x if total is None else total + x
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sweep, hidden, weight, bias):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[1:]
-        loss, grads = sweep(need_hidden, need_weight or need_bias)
+        loss, grads = sweep(*ctx.needs_input_grad[1:])
         ctx.grads = grads
         return loss
 

@@ -71,6 +71,23 @@ def test_target_and_sum_are_refined(dtype, likely, device, backend):
     assert_close_to_truth(got, both, truth, 1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_refinement_is_no_worse_at_any_temperature(dtype, temperature, device, backend):
+    """The other logits stay rounded: where that decides, an exact target alone would be worse."""
+    hidden, weight, _ = inputs(400, 32, 200, dtype, device)
+    hidden, weight = hidden * 2, weight * 2
+    logits = hidden.double() @ weight.double().t()
+    tokens = logits.argmax(-1)
+    options = {"temperature": temperature, "backend": backend}
+    truth = token_logprob(logits, tokens, temperature=temperature, backend="reference")
+    plain = token_logprob(hidden @ weight.t(), tokens, temperature=temperature, backend="reference")
+    got = linear_logprob(hidden, weight, tokens, **options).double()
+    rms = [(x - truth).square().mean().sqrt() for x in (got, plain)]
+    assert (got <= 0).all() and rms[0] <= 1.05 * rms[1] + 1e-6
+    assert (got - truth).abs().max() <= (plain - truth).abs().max() + 0.5
+
+
 def test_what_is_frozen_has_no_gradient(device, backend):
     hidden, weight, tokens = inputs(device=device)
     for frozen in (hidden, weight):
@@ -162,6 +179,13 @@ def test_autocast_casts_hidden_and_weight(device, backend):
     assert leaf.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone(device, backend):
+    hidden, weight, tokens = inputs(dtype=torch.float64, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = linear_logprob(hidden, weight, tokens, backend=backend)
+    assert torch.equal(out, linear_logprob(hidden, weight, tokens, backend=backend))
+
+
 def test_memory_of_a_chunk():
     """It follows the budget, but is never so small that the matrix products starve."""
     head = linear_chunks.Head(torch.empty(64000, 64), None, None, 1.0, 1.0, 0.0, -100)
@@ -195,6 +219,12 @@ def test_bad_arguments_are_named(device, backend):
         call(softcap=0.0)
     with pytest.raises(ValueError, match="logit_scale: expected a finite number > 0"):
         call(logit_scale=-1.0)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(V, H\) with V >= 1, got \(0"):
+        call(weight=weight[:0])
+    with pytest.raises(ValueError, match=r"weight: expected shape \(V, H\) with H >= 1"):
+        call(hidden=hidden[:, :0], weight=weight[:, :0])
+    with pytest.raises(ValueError, match=r"temperature / softcap between .* got 1e\+20 / 1e-15"):
+        call(temperature=1e20, softcap=1e-15)
     with pytest.raises(ValueError, match="chunk_tokens: expected a finite number >= 1"):
         call(chunk_tokens=0)
     if device == "cpu":
@@ -240,7 +270,7 @@ def test_gradients_in_other_dtypes_are_rounded_once(chunk_tokens, device, backen
     bias = torch.zeros(21, dtype=torch.bfloat16, device=device)
     head = (hidden, weight, bias, tokens, None, 1.0, 1.0, 0.0, NOTHING_IGNORED, chunk_tokens)
     _, *saved = forward_sweep(*head, False, backend)
-    args = (torch.ones(5, device=device), None, *head, *saved, True, True, backend)
+    args = (torch.ones(5, device=device), None, *head, *saved, True, True, True, backend)
     wide = backward_sweep(*args, None, (torch.float32, torch.float32))
     for got, low in zip(wide, backward_sweep(*args), strict=True):
         assert got.dtype == torch.float32 and low.dtype == torch.bfloat16

@@ -158,6 +158,8 @@ def check_errors(rank: int, world: int, own: slice) -> None:
             linear_logprob(hidden, mine, outside, process_group=group)
     with pytest.raises(ValueError, match="process_group: expected a backend other than"):
         linear_logprob(hidden, mine, tokens, process_group=group, backend="reference")
+    with pytest.raises(ValueError, match="weight: expected a row or more on each rank"):
+        linear_logprob(hidden, mine if rank else mine[:0], tokens, process_group=group)
     fewer = ROWS - rank
     with pytest.raises(ValueError, match="number of tokens: expected the same on all ranks"):
         one_token = (torch.zeros(ROWS, WIDTH), mine, torch.zeros(ROWS, fewer, dtype=torch.int64))

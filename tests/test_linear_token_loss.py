@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from compare import assert_close_to_truth
 from rlhf_kernels import linear_logprob, linear_token_loss, policy_loss
@@ -110,6 +111,58 @@ def test_loss_fn_sees_chunks_of_the_scored_tokens(device, backend):
     torch.testing.assert_close(logprob, expected.detach()[place])
     if backend != "reference":
         assert len(seen) == 5 and (place % 2 == 1).all()
+
+
+@pytest.mark.parametrize("where", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_the_logits_are_made(device, backend, where):
+    hidden, weight, tokens = inputs(device=device)
+    weight = torch.nn.Parameter(weight)
+
+    def loss_fn(logprob, entropy):
+        assert backend == "reference" or not logprob.requires_grad
+        return -logprob.sum(), None
+
+    with where(), FlopCounterMode(display=False) as counter:
+        linear_token_loss(hidden, weight, tokens, loss_fn, backend=backend)
+    assert counter.get_total_flops() == 2 * hidden.numel() * weight.shape[0]
+
+
+def test_a_bias_alone_takes_no_product_of_the_weight(device, backend):
+    hidden, weight, tokens = inputs(device=device)
+    bias = torch.zeros(301, device=device, requires_grad=True)
+
+    def loss_fn(logprob, entropy):
+        return -logprob.sum(), None
+
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = linear_token_loss(hidden, weight, tokens, loss_fn, bias=bias, backend=backend)
+        (grad,) = torch.autograd.grad(loss, bias)
+    product = 2 * hidden.numel() * weight.shape[0]
+    assert counter.get_total_flops() <= product + 2 * 37 * 301  # the logits, and g^T 1
+    p = (hidden @ weight.t()).softmax(-1)
+    onehot = torch.nn.functional.one_hot(tokens, 301)
+    torch.testing.assert_close(grad, (p - onehot).sum(0), rtol=1e-4, atol=1e-5)
+    (grad,) = torch.autograd.grad(
+        -linear_logprob(hidden, weight, tokens, bias=bias, backend=backend).sum(), bias
+    )
+    torch.testing.assert_close(grad, (p - onehot).sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_chunks_add_up(device, backend):
+    hidden, weight, tokens = inputs(device=device)
+    tree = {"a": {"count": torch.ones(())}, "b": torch.tensor([1.0, 2.0])}
+    _, stats = linear_token_loss(
+        *(hidden, weight, tokens, lambda logprob, entropy: (logprob.sum(), tree)),
+        chunk_tokens=10,
+        backend=backend,
+    )
+    calls = 1 if backend == "reference" else 4
+    assert stats["a"]["count"] == calls and stats["b"].tolist() == [calls, 2 * calls]
+    with pytest.raises(TypeError, match=r"loss_fn: expected its statistics to be .* a tuple"):
+        linear_token_loss(
+            *(hidden, weight, tokens, lambda logprob, entropy: (logprob.sum(), (1, 2))),
+            backend=backend,
+        )
 
 
 def test_without_gradients_the_loss_is_the_same(device, backend):

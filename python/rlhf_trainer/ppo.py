@@ -257,15 +257,17 @@ def train_ppo(
             # micro-batches as this one; and the old log-probabilities come from the op whose chunks
             # and bits are those of the loss, not from the logits that the KL takes.
             for rows in micro_batches_of(first_order):
-                (hidden, head), fixed = (forward(m, samples, rows) for m in (actor, reference))
+                policies = forward(actor, samples, rows), forward(reference, samples, rows)
                 options: Any = {"temperature": config.temperature, "backend": backend}
                 with accelerator.autocast():
-                    old: Any = rk.linear_logprob(
-                        hidden, tokens=tokens[rows], **head._asdict(), **options
-                    )
-                    out = exact_kl((hidden, head), fixed, tokens[rows], **options)
-                logprob[rows] = old
-                ref_logprob[rows], kl[rows], entropy[rows] = out.ref_logprob, out.kl, out.entropy
+                    for (hidden, head), result in zip(
+                        policies, (logprob, ref_logprob), strict=True
+                    ):
+                        result[rows] = rk.linear_logprob(  # type: ignore[assignment]
+                            hidden, tokens=tokens[rows], **head._asdict(), **options
+                        )
+                    out = exact_kl(*policies, tokens[rows], **options)
+                kl[rows], entropy[rows] = out.kl, out.entropy
                 values[rows] = forward(critic, samples, rows)
             rewards = rk.kl_shaped_rewards(
                 scores,

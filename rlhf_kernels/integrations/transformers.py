@@ -119,7 +119,9 @@ def hidden_forward(
         loss, stats = linear_token_loss(hidden[:, :-1], tokens=input_ids[:, 1:], loss_fn=...,
                                         **head._asdict())
 
-    Arguments and errors as for ``logprob_forward``.
+    Arguments and errors as for ``logprob_forward``. The head is used after the model has returned:
+    to DDP with ``find_unused_parameters=True`` one that is not tied looks unused, and its gradient
+    is an error there; leave that option off, or call ``logprob_forward``.
     """
     return hidden_output(model, input_ids, attention_mask, **model_kwargs)[:2]
 
@@ -285,6 +287,8 @@ class _Ran(NamedTuple):
 @torch.compiler.disable  # a head that is another at every call would be compiled at every call
 def _run(lm: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -> _Ran:
     """Run the model with a probe in place of the logits."""
+    if given.get("return_dict") is False:
+        raise ValueError("return_dict: expected True, as logits go by their name, got False")
     for name in ("labels", "shift_labels"):
         if given.get(name) is not None:
             raise ValueError(f"{name}: expected None, as there are no logits for the model's loss")

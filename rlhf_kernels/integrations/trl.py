@@ -167,7 +167,7 @@ class _Head(torch.autograd.Function):
             *_cast(row_max.dtype, *grads),
             *_cast(ctx.dtype, hidden, weight, bias),
             *(tokens, *ctx.options, ignored, None, entropy, row_max, log_sum),
-            *(need_hidden, need_weight or need_bias, ctx.backend),
+            *(need_hidden, need_weight, need_bias, ctx.backend),
         )
         dtypes = (hidden.dtype, weight.dtype)
         if dtypes == (ctx.dtype, ctx.dtype):

@@ -401,6 +401,7 @@ def test_bf16_keeps_the_first_ratio_at_one(ppo_config, make_model, tokenizer):
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert [row["first_approx_kl"] for row in result.history] == [0.0] * 4
+    assert result.history[0]["kl_sampled"] == 0  # of the policy against itself
     assert next(result.policy.parameters()).dtype == torch.float32
 
 
