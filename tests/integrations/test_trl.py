@@ -14,11 +14,13 @@ import random
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+import test_zero3
 from compare import assert_close_to_truth
 from rlhf_kernels.backend import INTERPRETING, why_not
 from rlhf_kernels.linear_chunks import Sweep
@@ -212,6 +214,9 @@ def test_head_of_mixed_dtypes(seed, dtype, weight_dtype, autocast, patched):
         )
         for a, b in zip(outputs, plain, strict=True):
             assert torch.equal(a, b)
+        for x in grads[:2]:
+            if x.dtype == torch.float32:  # not cut to 16 bits on the way
+                assert not torch.equal(x, x.bfloat16().float())
 
 
 @new
@@ -795,6 +800,93 @@ def test_ppo_logs_the_same(tmp_path, monkeypatch):
         assert row == pytest.approx(host, rel=1e-4, abs=2e-5, nan_ok=True)
     for a, b in zip(weights, host_weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+
+
+# ---- DeepSpeed's ZeRO-3 -------------------------------------------------------------------------
+
+PROCESS = """
+import os, sys
+import torch
+import test_zero3
+from rlhf_kernels.integrations import trl as adapter
+
+calls, forward = [], adapter._Head.forward
+
+def spy(*args):
+    calls.append(1)
+    return forward(*args)
+
+def head(engine, ids):
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = engine.module
+    if "forward" not in vars(model):
+        add_fused_lm_head(model)
+    return -engine(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.sum()
+
+rank = int(os.environ["RANK"])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=test_zero3.RANKS
+)
+import deepspeed
+from transformers.integrations import HfDeepSpeedConfig
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles for a minute
+deepspeed.init_distributed("gloo")
+config = HfDeepSpeedConfig(dict(test_zero3.SETTINGS))
+adapter._Head.forward = staticmethod(spy)
+adapter.patch()
+for tied in (False, True):
+    test_zero3.check(head, tied, rank)
+assert len(calls) == 4
+
+from trl.trainer import utils
+
+with deepspeed.zero.Init(config_dict_or_path=test_zero3.SETTINGS):
+    weight = torch.nn.Linear(16, test_zero3.V, bias=False).weight
+hidden = torch.randn(5, 16, requires_grad=True)
+assert weight.numel() == 0
+with deepspeed.zero.GatheredParameters([weight]):
+    whole = weight.detach().clone()
+    args = (torch.arange(5), 0.7, 32768, None, 1.0, ("entropy",))
+    logprob, *_ = utils._ChunkedLogProbFunction.apply(hidden, weight, None, *args)
+assert weight.numel() == 0 and len(calls) == 5
+(gradient,) = torch.autograd.grad(logprob.sum(), hidden)
+logp = (hidden @ whole.t() / 0.7).log_softmax(-1)
+(truth,) = torch.autograd.grad(logp.gather(-1, args[0][:, None]).sum(), hidden)
+torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-5)
+print("every case passed")
+"""
+
+
+@new
+def test_a_head_that_zero3_has_partitioned(tmp_path):
+    """TRL gathers it around the forward, and again in its own backward."""
+    if find_spec("deepspeed") is None and not test_zero3.OVERLAY.exists():
+        pytest.skip("DeepSpeed is not installed (make test does)")
+    (tmp_path / "process.py").write_text(PROCESS)
+    path = [test_zero3.OVERLAY, ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", "")]
+    settings = {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(test_zero3.RANKS)}
+    settings |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "process.py"), str(tmp_path / "meeting")]
+    with (tmp_path / "log").open("w") as log:
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **settings, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log,
+                stderr=log,
+            )
+            for rank in range(test_zero3.RANKS)
+        ]
+        try:
+            statuses = [process.wait(timeout=240) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+    text = (tmp_path / "log").read_text()
+    assert statuses == [0] * test_zero3.RANKS, text[-6000:]
+    assert text.count("every case passed") == test_zero3.RANKS
 
 
 # ---- TRL's own tests ----------------------------------------------------------------------------
