@@ -37,7 +37,7 @@ sys.path[:] = [x for x in sys.path if Path(x).resolve() != Path(__file__).resolv
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 VOCAB, TOKENS, WIDTH = 128256, 1024, 256
-ROUNDS = 3
+ROUNDS = 5
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 Call = Callable[[], Any]
 
