@@ -446,14 +446,19 @@ def batch(rows=3, length=9, actions=4, seed=1, left=2):
     return sequences.masked_fill(attention == 0, 0), mask, attention
 
 
+class Served(list):
+    autocast = False
+
+
 @pytest.fixture
 def served(monkeypatch):
-    """Called with the shapes of tokens that went through linear_logprob."""
-    seen = []
+    """The shapes of tokens that went through linear_logprob, and whether under autocast."""
+    seen = Served()
     linear_logprob = adapter.linear_logprob
 
     def spy(hidden, **kwargs):
         seen.append(tuple(kwargs["tokens"].shape))
+        seen.autocast = torch.is_autocast_enabled("cpu")
         return linear_logprob(hidden, **kwargs)
 
     monkeypatch.setattr(adapter, "linear_logprob", spy)
@@ -845,7 +850,7 @@ def test_actor_of_an_engine_with_autocast(call, served):
     with adapter.patched():
         got = actor(*args, **kwargs)
         ours = gradients(actor, got)
-    assert served and ours.keys() == host_gradients.keys()
+    assert served and served.autocast and ours.keys() == host_gradients.keys()
     for name, gradient in host_gradients.items():
         assert ours[name].dtype == gradient.dtype
         assert (ours[name] - gradient).norm() < 0.03 * gradient.norm(), name
