@@ -11,7 +11,10 @@ import contextlib
 import functools
 import inspect
 import math
+import os
+import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -180,13 +183,44 @@ def unpatch(model: nn.Module) -> None:
 @contextlib.contextmanager
 def patched(model: nn.Module) -> Iterator[None]:
     """``patch`` for a ``with`` block; afterwards the model is as it was, patched or not."""
-    was = _is_patched(_causal_lm(model))
-    patch(model)
+    lm = _causal_lm(model)
+
+    def install() -> Callable[[], None]:
+        was = _is_patched(lm)
+        patch(lm)
+        return (lambda: None) if was else (lambda: unpatch(lm))
+
+    with _while_used(lm, install):
+        yield
+
+
+_lock = threading.Lock()
+_used: weakref.WeakKeyDictionary[nn.Module, tuple[int, Callable[[], None]]] = (
+    weakref.WeakKeyDictionary()
+)  # how many threads use what is installed on a module, and what removes it
+
+
+@contextlib.contextmanager
+def _while_used(module: nn.Module, install: Callable[[], Callable[[], None]]) -> Iterator[None]:
+    """The first of several threads installs something on the module, the last one removes it."""
+    with _lock:
+        count, remove = _used[module] if module in _used else (0, install())
+        _used[module] = count + 1, remove
     try:
         yield
     finally:
-        if not was:
-            unpatch(model)
+        with _lock:
+            count, remove = _used.pop(module)
+            if count > 1:
+                _used[module] = count - 1, remove
+            else:
+                remove()
+
+
+if hasattr(os, "register_at_fork"):  # a child must not wait for a thread of its parent alone
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -295,32 +329,17 @@ def _run(lm: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -
     if "use_cache" in inspect.signature(type(lm).forward).parameters:
         given.setdefault("use_cache", False)
     head: Any = lm.get_output_embeddings()
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    if not plain or "forward" in head.__dict__:
-        raise TypeError(
-            f"model: expected output embeddings that are a plain nn.Linear, got "
-            f"{type(head).__name__} with a forward of its own"
-        )
     seen: list[tuple[Tensor, Tensor, int, torch.autocast]] = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        device = hidden.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        autocast = torch.autocast(device, dtype=dtype, enabled=enabled)
-        seen.append((hidden, head.weight, head.weight.shape[0], autocast))
-        if type(head.weight.data) is not Tensor or head.weight.dim() != 2:
-            raise TypeError(_SHARD)
-        return _probe(head.weight.shape[0])
-
-    head.forward = forward
-    try:
-        output = call(**given)
-    except Exception as error:
-        if not seen or str(error) == _SHARD:
-            raise
-        raise TypeError(f"{_refusal(lm)}: it failed on a row of logits: {error}") from error
-    finally:
-        del head.forward
+    with _while_used(head, lambda: _install_probe(head)):
+        _here.seen[head] = seen
+        try:
+            output = call(**given)
+        except Exception as error:
+            if not seen or str(error) == _SHARD:
+                raise
+            raise TypeError(f"{_refusal(lm)}: it failed on a row of logits: {error}") from error
+        finally:
+            del _here.seen[head]
     if len(seen) != 1:
         raise TypeError(f"{_refusal(lm)}: it calls the output embeddings {len(seen)} times")
     hidden, weight, vocab, autocast = seen[0]
@@ -330,6 +349,43 @@ def _run(lm: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -
         raise TypeError(_SHARD)  # full_weight can gather again what ZeRO-3 has let go of
     scale, softcap = _read(lm, _probe(vocab), getattr(output, "logits", None))
     return _Ran(hidden, LMHead(head.weight, head.bias, scale, softcap), output, autocast)
+
+
+class _Here(threading.local):
+    """Heads at which this thread is to be given the probe, and what it has seen there."""
+
+    def __init__(self) -> None:
+        self.seen: dict[nn.Module, list[tuple[Tensor, Tensor, int, torch.autocast]]] = {}
+
+
+_here = _Here()
+
+
+def _install_probe(head: Any) -> Callable[[], None]:
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not plain or "forward" in head.__dict__:
+        raise TypeError(
+            f"model: expected output embeddings that are a plain nn.Linear, got "
+            f"{type(head).__name__} with a forward of its own"
+        )
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen = _here.seen.get(head)
+        if seen is None:  # a thread that wants its logits
+            return nn.Linear.forward(head, hidden)
+        device = hidden.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        autocast = torch.autocast(device, dtype=dtype, enabled=enabled)
+        seen.append((hidden, head.weight, head.weight.shape[0], autocast))
+        if type(head.weight.data) is not Tensor or head.weight.dim() != 2:
+            raise TypeError(_SHARD)
+        return _probe(head.weight.shape[0])
+
+    def remove() -> None:
+        del head.forward
+
+    head.forward = forward
+    return remove
 
 
 _SHARD = (

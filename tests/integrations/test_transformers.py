@@ -6,6 +6,8 @@ import copy
 import inspect
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -370,6 +372,32 @@ def test_an_error_leaves_the_model_as_it_was():
         logprob_forward(model, input_ids, mask, nonsense=lambda: 0, position_ids="none")
     assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
     assert torch.equal(model(input_ids).logits, own)
+
+
+def test_threads_share_a_model():
+    """Each of them gets what it asked for: log-probs, hidden states, or the model's own logits."""
+    model, (ids, _) = make(), batch()
+    with torch.no_grad():
+        logits, logprob = model(ids).logits, logprob_forward(model, ids)
+    together, found = threading.Barrier(6), []
+
+    def work(kind):
+        with torch.no_grad():
+            together.wait()
+            for _ in range(20):
+                if kind == "logits":
+                    found.append(torch.equal(model(ids).logits, logits))
+                elif kind == "logprob":
+                    found.append(torch.equal(logprob_forward(model, ids), logprob))
+                else:
+                    hidden, head = hidden_forward(model, ids)
+                    found.append(torch.equal(hidden @ head.weight.t(), logits))
+
+    kinds = ["logits", "logprob", "hidden"] * 2
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        list(pool.map(work, kinds))
+    assert len(found) == 20 * len(kinds) and all(found)
+    assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
 
 
 def test_auxiliary_loss_of_experts():
