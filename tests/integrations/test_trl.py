@@ -496,18 +496,20 @@ def test_report_and_modules_that_import_by_name():
         after = importlib.import_module("trl.experimental.orpo.orpo_trainer")
         for module in (before, after):
             assert module.selective_log_softmax is utils.selective_log_softmax
-        entries = {entry.path.partition(":")[2]: entry for entry in adapter.report()}
+        entries = {entry.path: entry for entry in adapter.report()}
         held = {
             "_ChunkedLogProbFunction": [] if OLD else ["trl.kernels.ChunkedLogProbFunction"],
             "selective_log_softmax": ["trl.experimental.cpo.cpo_trainer.selective_log_softmax"],
             "entropy_from_logits": [],
         }
         for name, others in held.items():
-            assert entries[name].status == "replaced", entries[name].reason
-            assert {f"trl.trainer.utils.{name}", *others} <= set(entries[name].modules)
-        both = entries["selective_log_softmax_and_entropy"]
+            entry = entries[f"trl.trainer.utils:{name}"]
+            assert entry.status == "replaced", entry.reason
+            assert {f"trl.trainer.utils.{name}", *others} <= set(entry.modules)
+        both = entries["trl.trainer.utils:selective_log_softmax_and_entropy"]
         assert both.status == ("left alone" if OLD else "replaced")
-        assert "no function to replace" in entries["RewardTrainer.compute_loss"].reason
+        pair = entries["trl.trainer.reward_trainer:RewardTrainer.compute_loss"]
+        assert "no function to replace" in pair.reason
     for module in (before, after, utils):
         assert module.selective_log_softmax is original
     assert utils._ChunkedLogProbFunction is HEAD
@@ -531,7 +533,7 @@ def test_survey_as_of_a_version_that_is_not_known(monkeypatch):
     """The small calls agree, so that a later version gets the replacements as well."""
     monkeypatch.setattr(adapter._host, "tested", ())
     with pytest.warns(RuntimeWarning, match="is not among the versions"), adapter.patched():
-        entries = {entry.path.partition(":")[2]: entry for entry in adapter.report()}
+        entries = {entry.path: entry for entry in adapter.report()}
     names = ["selective_log_softmax", "entropy_from_logits", "_ChunkedLogProbFunction"]
     for name in names[: 2 if OLD else 3]:
         assert OLD or entries[name].status == "replaced", entries[name].reason
