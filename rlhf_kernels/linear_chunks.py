@@ -373,38 +373,42 @@ class Sweep:
         into: Tensor | None,
         weight: bool,
         bias: bool,
+        unit: float = 1.0,
     ) -> None:
         """dH = c g W into ``into``, and where wanted dW += g^T (c H) and d bias += g^T c.
 
-        Scaling the rows of the thin factors is scaling the rows of g.
+        Scaling the rows of the thin factors is scaling the rows of g. All times ``unit``, in the
+        dtype of the gradients: what is in g and c then stays in the range of theirs.
         """
         h, c = self.hidden[part], coefficient
         if into is not None:
             self.times_weight(g, into[part])
             if c is not None:
                 into[part].mul_(c.unsqueeze(-1))
+            if unit != 1:
+                into[part].mul_(unit)
         if weight:
             scaled = h if c is None else (h * c.unsqueeze(-1)).to(h.dtype)
-            self.grad_weight = self._added(self.grad_weight, g, scaled)
+            self.grad_weight = self._added(self.grad_weight, g, scaled, unit)
         if bias:
             ones = h.new_ones(h.shape[0], 1) if c is None else c.unsqueeze(-1).to(h.dtype)
-            self.grad_bias = self._added(self.grad_bias, g, ones)
+            self.grad_bias = self._added(self.grad_bias, g, ones, unit)
 
-    def _added(self, total: Tensor | None, g: Tensor, h: Tensor) -> Tensor:
-        """total + g^T h; the total in float32 with several chunks, or where asked for."""
+    def _added(self, total: Tensor | None, g: Tensor, h: Tensor, unit: float) -> Tensor:
+        """total + unit g^T h; the total in float32 with several chunks, or where asked for."""
         if self.one_chunk and self.weight_dtype == g.dtype:
             return g.t() @ h
         dtype = _accumulation(g)
         if total is None:
             total = torch.zeros(g.shape[1], h.shape[1], dtype=dtype, device=g.device)
         if g.dtype == dtype:
-            return total.addmm_(g.t(), h)
+            return total.addmm_(g.t(), h, alpha=unit)
         if g.is_cuda:
-            return torch.ops.aten.addmm.dtype_out(total, g.t(), h, dtype, out=total)
+            return torch.ops.aten.addmm.dtype_out(total, g.t(), h, dtype, alpha=unit, out=total)
         # CPUs have no product of 16 bits into float32, and rounded products would add up to less.
         for begin in range(0, g.shape[1], ADDED_ROWS):
             some = slice(begin, begin + ADDED_ROWS)
-            total[some].addmm_(g[:, some].t().to(dtype), h.to(dtype))
+            total[some].addmm_(g[:, some].t().to(dtype), h.to(dtype), alpha=unit)
         return total
 
     def weight_gradients(self) -> tuple[Tensor | None, Tensor | None]:

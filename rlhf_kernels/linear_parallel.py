@@ -118,16 +118,25 @@ def make_sweep(
     """The sweep over the chunks of a head that is whole (``shard`` None) or shared."""
     if shard is None:
         return Sweep(hidden, head, backend, size, dtypes)
-    return _ShardSweep(hidden, head, backend, size, shard)
+    return _ShardSweep(hidden, head, backend, size, shard, dtypes)
 
 
 class _ShardSweep(Sweep):
     """A sweep whose log-probabilities and entropies are those of the whole vocabulary."""
 
-    def __init__(self, hidden: Tensor, head: Head, backend: str, size: int, shard: Shard):
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        backend: str,
+        size: int,
+        shard: Shard,
+        dtypes: tuple[torch.dtype, torch.dtype] | None,
+    ):
         # dH is this rank's share, and is rounded once, after the sum over the ranks.
         wide = checks.accumulation_dtype(hidden)
-        super().__init__(hidden, head, backend, size, (wide, head.weight.dtype))
+        self.returned, weight = dtypes or (hidden.dtype, head.weight.dtype)
+        super().__init__(hidden, head, backend, size, (wide, weight))
         self.shard = shard
 
     def _local(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,4 +228,4 @@ class _ShardSweep(Sweep):
 
     def hidden_gradient(self, written: Tensor) -> Tensor:
         dist.all_reduce(written, group=self.shard.group)
-        return written.to(self.hidden.dtype)
+        return written.to(self.returned)

@@ -6,6 +6,7 @@ of logits in memory. The loss is a function of the caller's, differentiated by a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -55,9 +56,11 @@ def linear_token_loss(
     ``policy_loss``). A loss that looks at whole sequences goes through ``linear_logprob``.
 
     The gradients are computed here, and held until ``backward`` scales and returns them; so there
-    is one backward a call, and no gradient for what else ``loss_fn`` uses. Under ``no_grad`` only
-    the logits are made. Where ``loss_fn`` uses no entropy the row is read once: its gradient is
-    written as onehot - p, and the loss's coefficients are put on the thin sides of the products.
+    is one backward a call, and no gradient for what else ``loss_fn`` uses. For float16 inputs they
+    are held in float32, as the loss scale that keeps them in range comes with the backward; each
+    chunk waits for the device there. Under ``no_grad`` only the logits are made. Where ``loss_fn``
+    uses no entropy the row is read once: its gradient is written as onehot - p, and the loss's
+    coefficients are put on the thin sides of the products.
 
     With a ``process_group`` ``per_token`` and ``loss_fn`` too are the same on all ranks: each of
     them computes the whole loss and the same statistics, which are not to be added over the group.
@@ -198,7 +201,9 @@ def _sweep(
     vectors = {name: take(x.detach(), index) for name, x in vectors.items()}
     largest = None if shard is None else shard.largest
     size = linear_chunks.tokens_of_chunk(h, head, chunk_tokens, largest, index is not None)
-    sweep = linear_parallel.make_sweep(h, head, backend, size, shard)
+    narrow = hidden.dtype == torch.float16
+    dtypes = (torch.float32, torch.float32) if narrow else None
+    sweep = linear_parallel.make_sweep(h, head, backend, size, shard, dtypes)
     grad_hidden = sweep.new_gradient() if need_hidden else None
     need = need_hidden or need_weight or need_bias
     one_read = need and not with_entropy and not head.softcap and shard is None
@@ -222,15 +227,20 @@ def _sweep(
         if not need:
             continue
         g, g_entropy = _coefficients(part_loss, logprob, entropy, token != head.ignore_index)
+        unit = 1.0
+        if narrow:
+            unit = _unit(g, g_entropy)
+            g, g_entropy = g / unit, None if g_entropy is None else g_entropy / unit
         if one_read:
-            sweep.add_products(part, z, g, grad_hidden, need_weight, need_bias)
+            sweep.add_products(part, z, g, grad_hidden, need_weight, need_bias, unit)
         else:
             g_logits = sweep.gradient(part, z, token, rows, g, g_entropy)
-            sweep.add_products(part, g_logits, None, grad_hidden, need_weight, need_bias)
+            sweep.add_products(part, g_logits, None, grad_hidden, need_weight, need_bias, unit)
     if grad_hidden is not None:
         grad_hidden = sweep.hidden_gradient(grad_hidden)
         if index is not None:
-            grad_hidden = torch.zeros_like(hidden).index_copy_(0, index, grad_hidden)
+            zeros = torch.zeros_like(hidden, dtype=grad_hidden.dtype)
+            grad_hidden = zeros.index_copy_(0, index, grad_hidden)
     assert loss is not None
     return loss, stats, (grad_hidden, *sweep.weight_gradients())
 
@@ -252,6 +262,14 @@ def _coefficients(
     return grads[0], grads[1] if entropy is not None else None
 
 
+def _unit(*grads: Tensor | None) -> float:
+    """A power of two: in units of it the coefficients are below 1, and in the range of float16."""
+    largest = max((float(x.abs().max()) for x in grads if x is not None and x.numel()), default=0.0)
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** max(math.frexp(largest)[1], -126)
+
+
 def _added(total: Any, x: Any) -> Any:
     if type(x) in (tuple, list):
         raise TypeError(
@@ -269,6 +287,7 @@ class _LinearTokenLoss(torch.autograd.Function):
     def forward(ctx: Any, sweep, hidden, weight, bias):
         loss, grads = sweep(*ctx.needs_input_grad[1:])
         ctx.grads = grads
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss
 
     @staticmethod
@@ -280,9 +299,10 @@ class _LinearTokenLoss(torch.autograd.Function):
                 "the first backward; call it again, or use linear_logprob"
             )
         grads, ctx.grads = ctx.grads, None
-        if grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-            return None, *grads
-        return None, *(None if x is None else _scaled(x, grad_loss) for x in grads)
+        if grad_loss.device.type != "cpu" or grad_loss.item() != 1:
+            grads = [None if x is None else _scaled(x, grad_loss) for x in grads]
+        wanted = zip(grads, ctx.dtypes, strict=True)
+        return None, *(None if x is None else x.to(dtype) for x, dtype in wanted)
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:

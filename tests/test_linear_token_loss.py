@@ -92,6 +92,40 @@ def test_loss_scale_need_not_fit_the_dtype(device, backend, dtype, factor):
         assert error < 2 * torch.finfo(dtype).eps + 1e-5
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
+@pytest.mark.parametrize(
+    "options", [{}, {"with_entropy": True}, {"softcap": 3.0}, {"bias": True}], ids=str
+)
+def test_float16_waits_for_the_loss_scale(device, backend, options, chunk_tokens):
+    """The mean over 262144 tokens leaves fp16 few bits or none, until it is times 65536."""
+    hidden, weight, tokens = inputs(device=device, dtype=torch.float16)
+    tokens[::5] = -100
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    if "bias" in options:
+        bias = torch.zeros(weight.shape[0], dtype=torch.float16, device=device)
+        leaves.append(bias.requires_grad_())
+        options = {}
+    coefficient = torch.logspace(-2, 0, len(tokens), device=device) / 262144
+
+    def loss_fn(logprob, entropy, coefficient):
+        gained = logprob if entropy is None else logprob + 0.1 * entropy
+        return -(gained * coefficient).sum(), None
+
+    def gradients(leaves, **rest):
+        bias = leaves[2] if len(leaves) == 3 else None
+        per_token = {"coefficient": coefficient}
+        args = (*leaves[:2], tokens, loss_fn, per_token)
+        loss, _ = linear_token_loss(*args, bias=bias, **options, **rest)
+        return torch.autograd.grad(loss * 65536, leaves)
+
+    got = gradients(leaves, chunk_tokens=chunk_tokens, backend=backend)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    for a, t in zip(got, gradients(exact, backend="reference"), strict=True):
+        assert a.dtype == torch.float16
+        error = (a.double() - t).norm() / t.norm()
+        assert error < 2 * torch.finfo(torch.float16).eps
+
+
 def test_loss_fn_sees_chunks_of_the_scored_tokens(device, backend):
     hidden, weight, tokens = inputs(device=device)
     tokens[::2] = -100
