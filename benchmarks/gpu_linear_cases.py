@@ -9,7 +9,6 @@ and a vocabulary of 151936, 6.5 ms for the first of them.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -239,7 +238,6 @@ def by_target(inputs: Inputs, gradients: list[Tensor]) -> list[Tensor]:
 
 
 def forward_case(tokens: int, vocab: int, **changes: Any) -> Case:
-    fused = "fast" in inspect.signature(linear_logprob).parameters
     fields: dict[str, Any] = {
         "name": f"linear_logprob forward {tokens} x {vocab} bf16",
         "op": "linear_logprob",
@@ -248,7 +246,7 @@ def forward_case(tokens: int, vocab: int, **changes: Any) -> Case:
         "plain": LOGITS,
         "packages": LOGPROB,
         "least_bytes": SPEC["linear_logprob"].bytes_forward,
-        "variants": {"triton fast": {"backend": "triton", "fast": True}} if fused else {},
+        "variants": {"triton fast": {"backend": "triton", "fast": True}},
         "reference": reference_logprob,
         "compiled": None if tokens == TOKENS else (),
         "bare": bare_products(1, False),

@@ -78,6 +78,11 @@ def check(
 ) -> tuple[Tensor, Tensor, Head]:
     """Check the arguments but ``check_tokens``; hidden (N, H), tokens (N,) or (N, K), the head."""
     checks.floating("hidden", hidden)
+    if hasattr(hidden, "full_tensor"):
+        raise TypeError(
+            "hidden: expected a plain tensor, got a DTensor; pass hidden.to_local() or "
+            "hidden.full_tensor()"
+        )
     weight, bias = full_weight(weight), None if bias is None else full_weight(bias)
     checks.floating("weight", weight, hidden.device)
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:

@@ -1,6 +1,6 @@
 """One test for each bug that this field has shipped in heads without logits; numbers as in
-test_known_bugs.py. Those of several processes (7, 36) are in test_linear_parallel.py, ZeRO-3's (35)
-in test_zero3.py; 16 is test_known_bugs.py's."""
+test_known_bugs.py. Those of several processes (7, 36) are in test_linear_parallel.py; of 35 ZeRO-3
+is in test_zero3.py and LoRA in integrations/test_transformers.py; 16 is test_known_bugs.py's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf_kernels import linear_logprob, linear_token_loss, policy_loss
@@ -154,6 +155,29 @@ def test_frozen_lm_head_skips_dw(device, backend):
     product = 2 * hidden.numel() * weight.shape[0]
     assert flops() == 3 * product
     assert flops(weight=True) == flops(hidden=True) == 2 * product
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_dtensor_mix(tmp_path, backend):
+    """35. A head of FSDP2 beside plain hidden states: got mixed torch.Tensor and DTensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    hidden, weight, tokens = inputs()
+    plain = weight.clone().requires_grad_()
+    linear_logprob(hidden, plain, tokens, backend=backend).sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for placement in (Shard(0), Replicate()):
+            sharded = distribute_tensor(weight, mesh, [placement]).requires_grad_()
+            linear_logprob(hidden, sharded, tokens, backend=backend).sum().backward()
+            assert isinstance(sharded.grad, DTensor) and sharded.grad.placements == (placement,)
+            assert torch.equal(sharded.grad.full_tensor(), plain.grad)
+        with pytest.raises(TypeError, match=r"hidden: expected a plain .*hidden\.to_local\(\)"):
+            linear_logprob(distribute_tensor(hidden, mesh, [Replicate()]), weight, tokens)
+    finally:
+        dist.destroy_process_group()
 
 
 ENTROPY = """

@@ -576,6 +576,27 @@ def test_other_heads_are_refused():
             logprob_forward(other, input_ids, mask)
 
 
+def test_lora_on_lm_head():
+    """35. An adapter on the head that a fused loss, which takes the head's weight, passes by: it
+    is refused."""
+
+    class Lora(nn.Module):  # as PEFT's has it: weight and bias are those of what it wraps
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer, self.added = base, nn.Linear(32, V, bias=False)
+
+        weight = property(lambda self: self.base_layer.weight)
+        bias = property(lambda self: self.base_layer.bias)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.added(x)
+
+    model, (input_ids, mask) = make(), batch()
+    model.lm_head = Lora(model.lm_head)
+    with pytest.raises(TypeError, match=r"a plain nn\.Linear, got Lora with a forward of its own"):
+        logprob_forward(model, input_ids, mask)
+
+
 def test_bad_arguments_are_named():
     model, (input_ids, mask) = make(), batch()
     with pytest.raises(ValueError, match="labels: expected None"):
