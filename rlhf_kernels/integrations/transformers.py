@@ -29,6 +29,10 @@ from rlhf_kernels.linear_logprob import linear_logprob
 from rlhf_kernels.token_logprob import TokenLogprob
 
 
+class UnsupportedModel(TypeError):
+    """What a model does after its hidden states is more than ``linear_logprob`` can do."""
+
+
 class LMHead(NamedTuple):
     """What makes the logits of hidden states; the names are those of ``linear_logprob``."""
 
@@ -90,8 +94,8 @@ def logprob_forward(
         float32 (float64 for float64 models).
 
     Raises:
-        TypeError: no causal language model of transformers; or one whose head does what
-            ``linear_logprob`` cannot do, or is no plain linear layer (quantized, LoRA on the head).
+        UnsupportedModel: (a TypeError) no causal language model of transformers; or one whose head
+            does what ``linear_logprob`` cannot do, or is no plain linear layer (quantized, LoRA).
         IndexError, ValueError: arguments that do not fit.
     """
     with patched(model):
@@ -161,7 +165,8 @@ def patch(model: nn.Module) -> None:
     model is patched, and copies of it. To patch again does nothing.
 
     Raises:
-        TypeError: as ``logprob_forward``, but for what the head does, which the first call shows.
+        UnsupportedModel: as ``logprob_forward``, but for what the head does, which the first call
+            shows.
     """
     lm = _causal_lm(model)
     if not _is_patched(lm):
@@ -229,7 +234,7 @@ def _causal_lm(model: nn.Module) -> Any:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
                 return module
-    raise TypeError(
+    raise UnsupportedModel(
         "model: expected a causal language model of transformers (with output embeddings), got "
         f"{type(model).__name__}"
     )
@@ -331,22 +336,28 @@ def _run(lm: PreTrainedModel, call: Callable[..., Any], given: dict[str, Any]) -
     head: Any = lm.get_output_embeddings()
     seen: list[tuple[Tensor, Tensor, int, torch.autocast]] = []
     with _while_used(head, lambda: _install_probe(head)):
+        outer = _here.seen.get(head)  # a hook of the model may ask for log-probs of its own
         _here.seen[head] = seen
         try:
             output = call(**given)
         except Exception as error:
             if not seen or str(error) == _SHARD:
                 raise
-            raise TypeError(f"{_refusal(lm)}: it failed on a row of logits: {error}") from error
+            raise UnsupportedModel(
+                f"{_refusal(lm)}: it failed on a row of logits: {error}"
+            ) from error
         finally:
-            del _here.seen[head]
+            if outer is None:
+                del _here.seen[head]
+            else:
+                _here.seen[head] = outer
     if len(seen) != 1:
-        raise TypeError(f"{_refusal(lm)}: it calls the output embeddings {len(seen)} times")
+        raise UnsupportedModel(f"{_refusal(lm)}: it calls the output embeddings {len(seen)} times")
     hidden, weight, vocab, autocast = seen[0]
     if hidden.dim() != 3:
-        raise TypeError(f"{_refusal(lm)}: it gives them hidden states {tuple(hidden.shape)}")
+        raise UnsupportedModel(f"{_refusal(lm)}: it gives them hidden states {tuple(hidden.shape)}")
     if weight.untyped_storage().nbytes() == 0 and not hasattr(weight, "ds_id"):
-        raise TypeError(_SHARD)  # full_weight can gather again what ZeRO-3 has let go of
+        raise UnsupportedModel(_SHARD)  # full_weight can gather again what ZeRO-3 has let go of
     scale, softcap = _read(lm, _probe(vocab), getattr(output, "logits", None))
     return _Ran(hidden, LMHead(head.weight, head.bias, scale, softcap), output, autocast)
 
@@ -364,7 +375,7 @@ _here = _Here()
 def _install_probe(head: Any) -> Callable[[], None]:
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     if not plain or "forward" in head.__dict__:
-        raise TypeError(
+        raise UnsupportedModel(
             f"model: expected output embeddings that are a plain nn.Linear, got "
             f"{type(head).__name__} with a forward of its own"
         )
@@ -378,7 +389,7 @@ def _install_probe(head: Any) -> Callable[[], None]:
         autocast = torch.autocast(device, dtype=dtype, enabled=enabled)
         seen.append((hidden, head.weight, head.weight.shape[0], autocast))
         if type(head.weight.data) is not Tensor or head.weight.dim() != 2:
-            raise TypeError(_SHARD)
+            raise UnsupportedModel(_SHARD)
         return _probe(head.weight.shape[0])
 
     def remove() -> None:
@@ -409,11 +420,11 @@ def _read(lm: PreTrainedModel, probe: Tensor, logits: Any) -> tuple[float, float
     """Scale and softcap, from what the model made of the probe; every column has to agree."""
     if not isinstance(logits, Tensor) or logits.shape != probe.shape:
         what = f"of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else repr(logits)
-        raise TypeError(
+        raise UnsupportedModel(
             f"{_refusal(lm)}: of logits {tuple(probe.shape)} it returns as `logits` what is {what}"
         )
     if logits.requires_grad:
-        raise TypeError(f"{_refusal(lm)}: parameters act on the logits")
+        raise UnsupportedModel(f"{_refusal(lm)}: parameters act on the logits")
     x, y = probe.flatten(), logits.detach().double().cpu().flatten()
     large, scale = float(y[0]) / _LARGE, float(y[1]) / _SMALL
     softcap = None
@@ -426,7 +437,7 @@ def _read(lm: PreTrainedModel, probe: Tensor, logits: Any) -> tuple[float, float
         expected = z if softcap is None else softcap * torch.tanh(z / softcap)
         if torch.allclose(y, expected, rtol=1e-6, atol=0):
             return scale, softcap
-    raise TypeError(f"{_refusal(lm)}: it is more than a scale and a softcap")
+    raise UnsupportedModel(f"{_refusal(lm)}: it is more than a scale and a softcap")
 
 
 def _bend(ratio: float) -> float:

@@ -374,6 +374,23 @@ def test_an_error_leaves_the_model_as_it_was():
     assert torch.equal(model(input_ids).logits, own)
 
 
+def test_a_hook_may_ask_for_log_probs_of_its_own():
+    """As one that scores a prompt with the model before the model runs."""
+    model, (ids, _) = make(), batch()
+    inner = []
+
+    def hook(module, args):
+        if not inner:
+            inner.append(None)
+            inner[0] = logprob_forward(model, ids)
+
+    with torch.no_grad():
+        want = logprob_forward(model, ids)
+        model.get_decoder().register_forward_pre_hook(hook)
+        assert torch.equal(logprob_forward(model, ids), want) and torch.equal(inner[0], want)
+        torch.testing.assert_close(model(ids).logits.shape[:2], ids.shape)
+
+
 def test_threads_share_a_model():
     """Each of them gets what it asked for: log-probs, hidden states, or the model's own logits."""
     model, (ids, _) = make(), batch()
