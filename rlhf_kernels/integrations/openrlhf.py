@@ -8,14 +8,15 @@ Replaced:
   states, without logits. Only positions that are returned reach the head. With ``return_output``
   the output makes its logits when somebody looks at them, which the trainers do not. With packed
   samples, ring attention, images, or a head that is no plain linear layer (LoRA on it, quantised)
-  it is the original.
+  it is the original; of a head it warns, once for each model.
 - ``log_probs_from_logits`` and ``compute_entropy``, which the original ``Actor.forward`` calls.
 - ``compute_approx_kl`` for k3, whose small values the host loses to cancellation. For k1 and k2,
   and with ``unbiased_gradient``, it is the original, which is as fast.
 - ``get_advantages_and_returns`` and ``get_cumulative_returns``: one scan, not a loop in time.
 
-Results have the host's dtypes and shapes; 16-bit results are rounded once, from float32. With
-``strict=False`` the entropy counts a banned token (logit -inf) as 0, where the host gives NaN; and
+Results have the host's dtypes and shapes; 16-bit results are rounded once, from float32. The host's
+entropy is NaN where a token is banned (logit -inf); so is ours, but ``Actor.forward`` looks for
+-inf in the bias of the head only. With ``strict=False`` a banned token adds 0, and
 ``Actor.forward`` leaves masked actions out of the head, and gives 0 there whatever the model gives.
 
 Nothing of ours can be differentiated twice. Log-probs of 16-bit logits keep the logits for the
@@ -27,8 +28,11 @@ What is left alone, and why, is in ``report()``.
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 import os
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,7 +113,8 @@ def _labels(logits: Tensor, labels: Any) -> bool:
 
 
 def _compute_entropy(original: Any, strict: bool) -> Any:
-    @functools.wraps(original)
+    # The host's is compiled: what that left on it would let a compiled caller pass ours by.
+    @functools.wraps(inspect.unwrap(original), updated=())
     def compute_entropy(logits: Tensor) -> Tensor:
         if not _rows(logits):
             return original(logits)
@@ -118,15 +123,18 @@ def _compute_entropy(original: Any, strict: bool) -> Any:
         if strict:  # the host's 0 * -inf
             banned = logits.detach().amin(-1) == -torch.inf
             entropy = entropy * torch.where(banned, torch.nan, 1.0)
-        return entropy.to(logits.dtype)
+        return entropy.to(logits.dtype, copy=True)  # the backward reads what was there
 
     return compute_entropy
 
 
 def _calls_of_logits(*more: Tensor) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    torch.manual_seed(0)
     for dtype in (torch.float32, torch.float64):
-        yield (4 * torch.randn(2, 5, 37, dtype=dtype), *more), {}
+        yield ((4 * _random(2, 5, 37).to(dtype)).requires_grad_(), *more), {}
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 # ---- KL ----------------------------------------------------------------------------------------
@@ -163,7 +171,8 @@ def _compute_approx_kl(original: Any, strict: bool) -> Any:
 def _calls_of_kl() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     log_ratio = torch.tensor([[0.0, 0.5, -2.0, -5.0, -50.0, 8.0, 10.5, 30.0]])
     for estimator in ("k1", "k3"):
-        yield (log_ratio, torch.zeros_like(log_ratio)), {"kl_estimator": estimator}
+        args = log_ratio.requires_grad_(), torch.zeros_like(log_ratio)
+        yield args, {"kl_estimator": estimator}
 
 
 # ---- advantages --------------------------------------------------------------------------------
@@ -220,10 +229,9 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _calls_of_gae(*names: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
     for dtype in (torch.float32, torch.float64):
-        rewards, values = torch.randn(2, 3, 5, dtype=dtype).unbind()
+        rewards, values = _random(2, 3, 5).to(dtype).unbind()
         given: dict[str, Any] = {"values": values, "rewards": rewards, "action_mask": mask}
         given |= {"gamma": 0.9, "lambd": 0.8}
         yield (None, *(given[name] for name in names)), {}
@@ -308,6 +316,9 @@ def _serve(
     except IndexError:  # the embedding has more tokens than the head
         return None
     logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
+    if strict and entropy is not None and ran.head.bias is not None:
+        banned = full_weight(ran.head.bias).detach().isneginf().any()
+        entropy = entropy * torch.where(banned, math.nan, 1.0)  # the host's 0 * -inf
     logprob = logprob.float()
     if action_mask is not None:
         logprob = logprob[:, -action_mask.shape[1] :] * action_mask.float()
@@ -315,7 +326,7 @@ def _serve(
         return logprob
     _make_logits_later(ran, actor.temperature)
     if entropy is not None:
-        ran.output.entropy = entropy.float()
+        ran.output.entropy = entropy.to(torch.float32, copy=True)  # the backward reads its own
     return logprob, ran.output
 
 
@@ -350,20 +361,23 @@ _expressible: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictio
 
 def _run(model: Any, sequences: Tensor, mask: Tensor, **more: Any) -> Any:
     """The model's ``HiddenOutput``, or None: what its head does cannot be expressed."""
-    from rlhf_kernels.integrations.transformers import hidden_output
+    from rlhf_kernels.integrations.transformers import UnsupportedModel, hidden_output
 
     known = _expressible.get(model)
     if known is False:
         return None
     position_ids = torch.where(mask == 0, 1, mask.long().cumsum(-1) - 1)
     random = None if known else _random_states(sequences)
+    reason = "its hidden states are not those of the tokens"
     try:
         ran = hidden_output(model, sequences, mask, position_ids=position_ids, **more)
-        _expressible[model] = ran.hidden.shape[:2] == sequences.shape
-    except TypeError:
-        _expressible[model] = False
-    if _expressible[model]:
-        return ran
+        if ran.hidden.shape[:2] == sequences.shape:
+            _expressible[model] = True
+            return ran
+    except UnsupportedModel as error:
+        reason = str(error)
+    _expressible[model] = False
+    warnings.warn(f"OpenRLHF's Actor makes its logits: {reason}", RuntimeWarning, stacklevel=2)
     if random is not None:  # the model may have run in vain, and drawn its dropout
         torch.set_rng_state(random[0])
         if random[1] is not None:
@@ -378,13 +392,13 @@ def _random_states(x: Tensor) -> tuple[Tensor, Tensor | None]:
 def _make_logits_later(ran: Any, temperature: float) -> None:
     """Let the model's output make its logits, in float32 and scaled, when they are looked at."""
     grad = torch.is_grad_enabled()
+    output, hidden, head, autocast = ran.output, ran.hidden, ran.head, ran.autocast
 
-    def logits() -> Tensor:
-        head = ran.head
+    def logits() -> Tensor:  # does not know of the output, which then goes with its last user
         with torch.set_grad_enabled(grad):
-            with ran.autocast:
+            with autocast:
                 z = nn.functional.linear(
-                    ran.hidden,
+                    hidden,
                     full_weight(head.weight),
                     None if head.bias is None else full_weight(head.bias),
                 )
@@ -394,7 +408,6 @@ def _make_logits_later(ran: Any, temperature: float) -> None:
             z = z.float()
             return z if temperature == 1 else z / temperature
 
-    output = ran.output
     kind: Any = type(output)
     vars(output).pop("logits")  # what was made up
     output.__class__ = _later(kind)
@@ -448,7 +461,7 @@ def _later(kind: Any) -> type:
 def _calls_of_forward() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # of the CPU alone, which the caller puts back
     config = LlamaConfig(
         vocab_size=37,
         hidden_size=16,
@@ -460,7 +473,7 @@ def _calls_of_forward() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     actor = types.SimpleNamespace(
         model=LlamaForCausalLM(config), temperature=0.7, packing_samples=False
     )
-    sequences, attention_mask = torch.randint(37, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
+    sequences, attention_mask = torch.arange(14).view(2, 7), torch.ones(2, 7, dtype=torch.int64)
     attention_mask[0, :2] = 0
     action_mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     yield (actor, sequences, action_mask, attention_mask), {}

@@ -1,12 +1,14 @@
 """How functions of a host trainer are replaced by ours, and put back.
 
 A function is replaced in the module that defines it and in every module of the host that holds it
-by name. Where a module is not loaded yet, an import hook waits for it; so the order of ``patch``
-and of the host's import does not matter, and nothing of the host is imported for it.
+by name; a module elsewhere that imported it by name before keeps the host's. Where a module is not
+loaded yet, an import hook waits for it; so the order of ``patch`` and of the host's import does not
+matter, and nothing of the host is imported for it.
 
 What is replaced is checked first: the function has to have the signature that the replacement was
-written for, and in a version of the host that was not tested it also has to give what the
-replacement gives on a few small calls. What does not pass is left alone, and the report says why.
+written for, and in a version of the host that was not tested it also has to give the values and
+gradients that the replacement gives on a few small calls. What does not pass is left alone, and the
+report says why.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import inspect
+import math
 import os
 import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +45,10 @@ class Replacement:
         signature: ``str(inspect.signature(function))`` without annotations and quotes; of an
             autograd function that of its ``forward``.
         make: called as make(original, strict); returns the function that takes its place.
-        calls: arguments of small calls on the CPU on which the two have to agree.
+        calls: arguments of small calls on the CPU on which the two have to agree, also in the
+            gradients of the tensors that require them.
         what: what is computed, for the report.
-        also: other signatures that it serves.
+        also: other signatures that it serves, each with its calls.
     """
 
     path: str
@@ -51,7 +56,7 @@ class Replacement:
     make: Callable[[Any, bool], Any]
     calls: Calls
     what: str
-    also: tuple[str, ...] = ()
+    also: Mapping[str, Calls] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
@@ -68,17 +73,33 @@ class Addition:
 
     Attributes:
         path: "package.module:name" of what is added, for the report.
-        add: called as add(module, strict); returns the function that takes it out again.
+        like: the function of the same module that computes the same.
+        signature: of that one.
+        make: called as make(that one, strict); returns what is added.
+        calls: arguments on which the two have to agree.
+        put: called as put(module, ours); returns the function that takes it out again.
         what: what is computed, for the report.
     """
 
     path: str
-    add: Callable[[types.ModuleType, bool], Callable[[], None]]
+    like: str
+    signature: str
+    make: Callable[[Any, bool], Any]
+    calls: Calls
+    put: Callable[[types.ModuleType, Any], Callable[[], None]]
     what: str
+    also: Mapping[str, Calls] = field(default_factory=dict)
 
     @property
     def module(self) -> str:
         return self.path.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class _Swap:
+    path: str
+    original: Any
+    ours: Any
 
 
 @dataclass
@@ -88,7 +109,7 @@ class Entry:
     Attributes:
         path: of the function.
         status: replaced | added (to a registry) | waiting (its module is not loaded yet) |
-            left alone | not patched.
+            left alone | overridden (by somebody else, since) | not patched.
         modules: where the replacement is, ``module.name``.
         reason: why it was left alone; for the others what is computed.
     """
@@ -150,14 +171,15 @@ class Host:
         self.additions = tuple(additions)
         self._on = False
         self._strict = True
-        self._swaps: dict[str, tuple[Any, Any]] = {}  # path -> original, ours
+        self._blocks: set[object] = set()  # of ``with patched()``, where one of them patched
+        self._swaps: list[_Swap] = []
         self._refused: dict[str, str] = {}
         self._added: dict[str, Callable[[], None]] = {}  # path -> what takes it out again
 
     # ---- what the modules of the adapters export ------------------------------------------------
 
     def patch(self, *, strict: bool = True) -> None:
-        """Replace what can be replaced; to patch again does nothing.
+        """Replace what can be replaced; to patch again does nothing more.
 
         Args:
             strict: give NaN where the host gives NaN; False: what our operators give there.
@@ -166,57 +188,38 @@ class Host:
             ModuleNotFoundError: the host is not installed.
             RuntimeError: it is patched already, with the other ``strict``.
         """
-        version = self.version()
-        if version is None:
-            raise ModuleNotFoundError(f"{self.package} is not installed", name=self.package)
-        with _lock:
-            if self._on:
-                if strict != self._strict:
-                    raise RuntimeError(
-                        f"strict: {self.package} is patched with strict={self._strict}; unpatch it "
-                        "first"
-                    )
-                return
-            self._on, self._strict, self._refused = True, strict, {}
-            if not self._known(version):
-                names = ", ".join(f"{major}.{minor}" for major, minor in self.tested)
-                warnings.warn(
-                    f"{self.package} {version} is not among the versions that rlhf_kernels was "
-                    f"tested with ({names}): each function is replaced only where both give the "
-                    "same on small calls",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            _Finder.install()
-            for module in self._modules() & sys.modules.keys():
-                self._loaded(sys.modules[module])
+        self._wait_for_imports()
+        self._turn_on(strict, stacklevel=3)
 
     def unpatch(self) -> None:
-        """Put everything back; where nothing is patched nothing is done."""
+        """Put everything back, but where somebody else has put something since; where nothing is
+        patched nothing is done."""
         with _lock:
-            for path, (original, ours) in self._swaps.items():
-                module, _, name = path.partition(":")
-                owner, _, attribute = name.rpartition(".")
-                if owner:
-                    setattr(_find(sys.modules.get(module), owner), attribute, original)
-                else:
-                    for holder, held in list(self._holders(ours)):
-                        setattr(holder, held, original)
+            for swap in reversed(self._swaps):
+                for holder, name in self._places(swap):
+                    setattr(holder, name, swap.original)
             for take_out in self._added.values():
                 take_out()
-            self._swaps, self._added, self._on = {}, {}, False
+            self._swaps, self._added, self._blocks, self._on = [], {}, set(), False
 
     @contextlib.contextmanager
     def patched(self, *, strict: bool = True) -> Iterator[None]:
-        """``patch`` for a ``with`` block; afterwards it is as it was, patched or not."""
+        """``patch`` for a ``with`` block; when the last of several is left, in whatever threads, it
+        is as it was, patched or not."""
+        block = object()
+        self._wait_for_imports()
         with _lock:
             was = self._on
-            self.patch(strict=strict)
+            self._turn_on(strict, stacklevel=4)
+            if not was or self._blocks:
+                self._blocks.add(block)
         try:
             yield
         finally:
-            if not was:
-                self.unpatch()
+            with _lock:
+                if self._blocks == {block}:
+                    self.unpatch()
+                self._blocks.discard(block)
 
     def report(self) -> Report:
         """What was replaced, in which modules, and what was left alone and why."""
@@ -250,9 +253,49 @@ class Host:
         try:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
-            return None
+            spec = importlib.util.find_spec(self.package)
+        in_a_folder = spec is not None and spec.origin is not None
+        return "of an unknown version" if in_a_folder else None
 
     # ---- inside ---------------------------------------------------------------------------------
+
+    def _wait_for_imports(self) -> None:
+        """Of other threads, which have begun before our import hook: a module is patched whole.
+
+        Not with the lock, which our hook takes at the end of an import.
+        """
+        for name in sorted(self._modules()):
+            if _is_being_imported(sys.modules.get(name)):
+                with contextlib.suppress(Exception):  # the other thread's to handle
+                    importlib.import_module(name)
+
+    def _turn_on(self, strict: bool, stacklevel: int) -> None:
+        version = self.version()
+        if version is None:
+            raise ModuleNotFoundError(f"{self.package} is not installed", name=self.package)
+        with _lock:
+            if not self._on:
+                if not self._known(version):
+                    names = ", ".join(f"{major}.{minor}" for major, minor in self.tested)
+                    warnings.warn(
+                        f"{self.package} {version} is not among the versions that rlhf_kernels was "
+                        f"tested with ({names}): each function is replaced only where both give "
+                        "the same on small calls",
+                        RuntimeWarning,
+                        stacklevel=stacklevel,
+                    )
+                self._on, self._strict, self._refused = True, strict, {}
+                _Finder.install()
+            elif strict != self._strict:
+                raise RuntimeError(
+                    f"strict: {self.package} is patched with strict={self._strict}; unpatch it "
+                    "first"
+                )
+            done = {swap.path for swap in self._swaps} | self._added.keys() | self._refused.keys()
+            for name in sorted({item.module for item in self._items if item.path not in done}):
+                module = sys.modules.get(name)
+                if module is not None and not _is_being_imported(module):
+                    self._loaded(module)
 
     def _known(self, version: str) -> bool:
         numbers = version.split(".")
@@ -273,71 +316,84 @@ class Host:
         with _lock:
             if not self._on:
                 return
-            for replacement in self.replacements:
-                if replacement.module == module.__name__ and replacement.path not in self._swaps:
-                    self._replace(replacement, module)
-            for addition in self.additions:
-                if addition.module == module.__name__ and addition.path not in self._added:
+            for item in self._items:
+                if item.module == module.__name__:
+                    self._refused.pop(item.path, None)  # of what it was before a reload
                     try:
-                        self._added[addition.path] = addition.add(module, self._strict)
+                        reason = self._take(item, module)
                     except Exception as error:
-                        self._refused[addition.path] = f"this version does not take it: {error!r}"
+                        reason = f"this version does not take it: {error!r}"
+                    if reason:
+                        self._refused[item.path] = reason
 
-    def _replace(self, replacement: Replacement, module: types.ModuleType) -> None:
-        original = _find(module, replacement.name)
+    def _take(self, item: Replacement | Addition, module: types.ModuleType) -> str | None:
+        """Put ours in its place, or say why not."""
+        name = item.like if isinstance(item, Addition) else item.name
+        original = _find(module, name)
         if original is None:
-            self._refused[replacement.path] = f"this version has no {replacement.name}"
-            return
-        function = original.__func__ if isinstance(original, staticmethod) else original
-        ours = replacement.make(function, self._strict)
-        if reason := self._differs(replacement, function, ours):
-            self._refused[replacement.path] = reason
-            return
-        ours = staticmethod(ours) if isinstance(original, staticmethod) else ours
-        owner, _, attribute = replacement.name.rpartition(".")
-        if owner:
-            setattr(_find(module, owner), attribute, ours)
-        else:
-            for holder, held in list(self._holders(original)):
-                setattr(holder, held, ours)
-        self._swaps[replacement.path] = (original, ours)
-
-    def _differs(self, replacement: Replacement, original: Any, ours: Any) -> str | None:
-        """Why the one must not take the place of the other."""
-        found = signature_of(original)
-        if found not in (replacement.signature, *replacement.also):
-            return f"expected the signature {replacement.signature}, got {found}"
-        version = self.version()
-        if version is None or self._known(version):
+            return f"this version has no {name}"
+        if any(swap.path == item.path and swap.ours is original for swap in self._swaps):
             return None
-        theirs, ours = getattr(original, "apply", original), getattr(ours, "apply", ours)
-        for args, kwargs in replacement.calls():
-            try:
-                if not _agree(theirs(*args, **kwargs), ours(*args, **kwargs)):
-                    return f"version {version} is not known, and gives something else"
-            except Exception as error:
-                return f"version {version} is not known, and raises {error!r}"
+        function = original.__func__ if isinstance(original, staticmethod) else original
+        found = signature_of(function)
+        calls = {item.signature: item.calls, **item.also}.get(found)
+        if calls is None:
+            return f"expected the signature {item.signature}, got {found}"
+        ours = item.make(function, self._strict)
+        version = self.version()
+        known = version is None or self._known(version)
+        if not known and (reason := _differ(calls, function, ours)):
+            return f"version {version} is not known, and {reason}"
+        if isinstance(item, Addition):
+            self._added[item.path] = item.put(module, ours)
+            return None
+        ours = staticmethod(ours) if isinstance(original, staticmethod) else ours
+        swap = _Swap(item.path, original, ours)
+        for holder, held in self._places(swap, of="original"):
+            setattr(holder, held, ours)
+        self._swaps.append(swap)
         return None
 
+    def _places(self, swap: _Swap, of: str = "ours") -> list[tuple[Any, str]]:
+        """Where the host has ours, or the original: (module or class, attribute)."""
+        value = getattr(swap, of)
+        module, _, name = swap.path.partition(":")
+        owner, _, attribute = name.rpartition(".")
+        if not owner:
+            return list(self._holders(value))
+        holder = _find(sys.modules.get(module), owner)
+        return [(holder, attribute)] if _find(holder, attribute) is value else []
+
     def _holders(self, value: Any) -> Iterator[tuple[types.ModuleType, str]]:
-        for name, module in list(sys.modules.items()):
+        for name, module in sys.modules.copy().items():
             inside = name == self.package or name.startswith(f"{self.package}.")
             if inside and isinstance(module, types.ModuleType):
-                for attribute, held in list(vars(module).items()):
+                for attribute, held in vars(module).copy().items():
                     if held is value:
                         yield module, attribute
 
     def _entry(self, item: Replacement | Addition) -> Entry:
         path = item.path
-        if path in self._added:
-            return Entry(path, "added", [path.replace(":", ".")], item.what)
-        if path in self._swaps:
-            ours = self._swaps[path][1]
-            modules = [f"{module.__name__}.{name}" for module, name in self._holders(ours)]
-            return Entry(path, "replaced", modules or [path.replace(":", ".")], item.what)
         if path in self._refused:
             return Entry(path, "left alone", [], self._refused[path])
-        return Entry(path, "waiting" if self._on else "not patched", [], item.what)
+        if path in self._added:
+            return Entry(path, "added", [path.replace(":", ".")], item.what)
+        swaps = [swap for swap in self._swaps if swap.path == path]
+        if not swaps:
+            return Entry(path, "waiting" if self._on else "not patched", [], item.what)
+        own = path.replace(":", ".")
+        places = [
+            own if isinstance(holder, type) else f"{holder.__name__}.{name}"
+            for swap in swaps
+            for holder, name in self._places(swap)
+        ]
+        if own not in places:
+            return Entry(path, "overridden", places, "something else was put there since")
+        return Entry(path, "replaced", places, item.what)
+
+
+def _is_being_imported(module: types.ModuleType | None) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def _find(module: Any, name: str) -> Any:
@@ -350,12 +406,57 @@ def _find(module: Any, name: str) -> Any:
     return found
 
 
+def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:
+    """In what, on those calls; the random state of the caller stays what it was."""
+    theirs, ours = getattr(theirs, "apply", theirs), getattr(ours, "apply", ours)
+    with torch.random.fork_rng(devices=[]):
+        for args, kwargs in calls():
+            try:
+                results = [_with_gradients(function, args, kwargs) for function in (theirs, ours)]
+            except Exception as error:
+                return f"raises {error!r}"
+            if not _agree(*results):
+                return "gives something else"
+    return None
+
+
+def _with_gradients(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The results, and the gradients of their sum in the arguments that require them."""
+    leaves: list[Tensor] = []
+
+    def fresh(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if x.requires_grad:
+            x = x.detach().clone().requires_grad_()
+            leaves.append(x)
+        return x.clone()  # which may be written to
+
+    args = tuple(map(fresh, args))
+    result = function(*args, **{name: fresh(x) for name, x in kwargs.items()})
+    outputs = result if isinstance(result, (tuple, list)) else [result]
+    sums = [x.sum().float() for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+    if not sums or not leaves:
+        return result, None
+    return result, torch.autograd.grad(torch.stack(sums).sum(), leaves, allow_unused=True)
+
+
+# (relative, absolute): a host that computes in 16 bits rounds what cancels.
+_TOLERANCES = {torch.bfloat16: (5e-2, 5e-2), torch.float16: (5e-3, 5e-3)}
+
+
 def _agree(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
-        same = isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape
-        return same and torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+        if not isinstance(b, Tensor) or a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        rtol, atol = _TOLERANCES.get(a.dtype, (1e-3, 1e-4))
+        return torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(_agree, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4)
     return bool(a == b)
 
 
@@ -387,6 +488,11 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, inner: Any):
         self.inner = inner
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return self.inner.create_module(spec)
 
@@ -401,18 +507,27 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self) -> None:
+        self.asking = threading.local()  # .others: another finder may ask all of them, as this does
+
     def find_spec(
         self, name: str, path: Any = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if not any(host.waits_for(name) for host in _hosts):
             return None
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = find(name, path, target) if find and finder is not self else None
-            if spec is not None:
-                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader)
-                return spec
+        if getattr(self.asking, "others", False):
+            return None
+        self.asking.others = True
+        try:
+            for finder in sys.meta_path:
+                find = getattr(finder, "find_spec", None)
+                spec = find(name, path, target) if find and finder is not self else None
+                if spec is not None:
+                    if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                        spec.loader = _Loader(spec.loader)
+                    return spec
+        finally:
+            self.asking.others = False
         return None
 
     @classmethod

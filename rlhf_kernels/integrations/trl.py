@@ -20,13 +20,15 @@ modules that define them and in those that import them by name:
 
 Where a logit is -inf TRL's entropy, and its gradient, is NaN. So it is with ``patch()``; with
 ``patch(strict=False)`` it is the entropy, a banned token adding 0. The head looks for -inf in the
-bias only.
+bias only, scaled and divided by the temperature: not for finite weights whose products overflow.
 
-What our operators do not serve TRL computes: other dtypes, a temperature that is a tensor or not
-positive, shapes that broadcast, and on the CPU tokens outside of the vocabulary and, if strict,
-calls whose log-probabilities are not all finite. On a GPU to look for such tokens would wait for
-the device: the head gives NaN there, where TRL has minus log Z. Under torch.compile nothing is
-looked at; such a token raises IndexError on the CPU, and the head's statistics break the graph.
+What our operators do not serve TRL computes: other dtypes, DTensors and other subclasses of
+tensors, transforms of torch.func, a temperature that is a tensor or not positive, shapes that
+broadcast, and on the CPU tokens outside of the vocabulary and, if strict, calls whose
+log-probabilities are not all finite. On a GPU to look for such tokens would wait for the device:
+the head gives NaN there, where TRL has minus log Z. Under torch.compile nothing is looked at; such
+a token raises IndexError on the CPU, and the head breaks the graph under autocast and where it is
+asked for statistics (as by SFT). Nothing of ours can be differentiated twice.
 
 Left alone, see ``report()``: losses, which TRL has in its trainers' methods and not in functions;
 the masked mean and whitening of PPO, where nothing is won; Triton kernels.
@@ -42,7 +44,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhf_kernels import checks, full_weight, token_logprob
@@ -68,6 +70,14 @@ def _can_look(x: Tensor) -> bool:
     """Its values are here: to look at them waits for no device, and no graph is being made."""
     compiling = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
     return x.device.type == "cpu" and not compiling
+
+
+def _plain(*tensors: Any) -> bool:
+    """Tensors that kernels can read: no DTensor, nothing that torch.func's transforms wrap."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        return False
+    kinds = (Tensor, nn.Parameter, FakeTensor)
+    return all(type(x) in kinds for x in tensors)
 
 
 def _positive(x: Any) -> bool:
@@ -195,7 +205,7 @@ _head_not_compiled = not_compiled(_Head.apply)
 
 def _serves_head(hidden: Any, weight: Any, bias: Any, tokens: Any, numbers: Sequence[Any]) -> bool:
     floating = [hidden, weight] if bias is None else [hidden, weight, bias]
-    if not all(isinstance(x, Tensor) for x in (*floating, tokens)):
+    if not _plain(*floating, tokens):
         return False
     if any(x.dtype not in checks.DTYPES or x.device != tokens.device for x in floating):
         return False
@@ -215,6 +225,10 @@ class _Applied:
 
     def __init__(self, original: Any, apply: Callable[..., Any]):
         self.forward, self.backward, self.apply = original.forward, original.backward, apply
+        self.__module__, self.__qualname__ = original.__module__, original.__qualname__
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # by name, as the original
 
 
 def _head(original: Any, strict: bool) -> Any:
@@ -242,7 +256,7 @@ def _head(original: Any, strict: bool) -> Any:
         if strict and _can_look(logprob) and not bool(logprob.isfinite().all()):
             return None
         if strict and with_entropy and bias is not None and softcap is None:
-            banned = bias.detach().to(dtype).isneginf().any()
+            banned = (bias.detach().to(dtype) * (scaling[1] / scaling[0])).isneginf().any()
             entropy = entropy * torch.where(banned, math.nan, 1.0)
         found = {} if statistics is None else dict(zip(statistics.outputs, more, strict=True))
         return (logprob, entropy if with_entropy else None, *map(found.get, _Statistics.KINDS))
@@ -290,7 +304,7 @@ def _has_kernels(original: Callable[..., Any]) -> bool:
 
 
 def _serves_logits(logits: Any, own_kernels: bool, strict: bool, least_dim: int = 2) -> bool:
-    if not isinstance(logits, Tensor) or logits.dtype not in checks.DTYPES:
+    if not _plain(logits) or logits.dtype not in checks.DTYPES:
         return False
     if logits.device.type == "cpu":  # TRL's own tests want the very bits of torch's log_softmax
         served = not strict or logits.dtype not in LOW
@@ -306,7 +320,7 @@ def _serves_logits(logits: Any, own_kernels: bool, strict: bool, least_dim: int 
 
 
 def _serves_index(logits: Tensor, index: Any, temperature: Any, row_mask: Any) -> bool:
-    if not _positive(temperature) or logits.shape[0] < 1 or not isinstance(index, Tensor):
+    if not _positive(temperature) or logits.shape[0] < 1 or not _plain(index):
         return False
     many = index.dim() == logits.dim() and index.shape[-1] > 0
     shape = index.shape[:-1] if many else index.shape
@@ -448,6 +462,8 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 def _head_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     hidden, weight, bias = _random(5, 8), _random(11, 8, seed=1), _random(11, seed=2)
+    for variable in (hidden, weight, bias):
+        variable.requires_grad_()
     targets = torch.tensor([0, 3, 10, 5, 5])
     everything = ("entropy", *_Statistics.KINDS)
     for number in (1.0, 0.7):
@@ -457,16 +473,27 @@ def _head_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         yield (hidden[:0], weight, bias, targets[:0], number, 4, cap, scale, everything), {}
 
 
+def _old_head_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    for (hidden, weight, bias, *rest, _outputs), _ in _head_calls():
+        if bias is None or len(hidden):
+            yield (hidden, weight, *rest), {}
+
+
 def _score_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     logits, index = _random(2, 3, 7), torch.tensor([[0, 6, 3], [2, 2, 5]])
     mask = torch.tensor([[1, 0, 1], [0, 1, 1]])
     for dtype in (torch.float32, torch.float64):
-        yield (logits.to(dtype), index), {}
-        yield (logits.to(dtype), index), {"temperature": 0.7, "row_mask": mask}
+        variable = logits.to(dtype).requires_grad_()
+        yield (variable, index), {}
+        yield (variable, index), {"temperature": 0.7, "row_mask": mask}
+
+
+def _old_score_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    yield from ((args, {}) for args, options in _score_calls() if not options)
 
 
 def _entropy_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    logits = _random(2, 3, 7)
+    logits = _random(2, 3, 7).requires_grad_()
     yield (logits,), {}
     yield (logits.double(), 2), {}
     yield (logits[0, 0],), {}
@@ -482,6 +509,7 @@ _HEAD_OLD = (
 )
 _UTILS = "trl.trainer.utils"
 _PPO = "trl.experimental.ppo.ppo_trainer"
+_WHERE = "not 16 bits on the CPU, unless strict=False, nor what TRL 1.16 gives its Triton kernels"
 _INLINE = "there is no function to replace"
 _host = patching.add(
     Host(
@@ -492,26 +520,26 @@ _host = patching.add(
                 f"{_UTILS}:_ChunkedLogProbFunction",
                 *(_HEAD, _head, _head_calls),
                 "log-probs, entropy and statistics of the logits, from the hidden states",
-                (_HEAD_OLD,),
+                {_HEAD_OLD: _old_head_calls},
             ),
             Replacement(
                 f"{_UTILS}:selective_log_softmax",
                 "(logits, index, temperature=1.0, row_mask=None)",
                 *(_selective_log_softmax, _score_calls),
-                "log-probs of given tokens",
-                ("(logits, index)",),
+                f"log-probs of given tokens; {_WHERE}",
+                {"(logits, index)": _old_score_calls},
             ),
             Replacement(
                 f"{_UTILS}:entropy_from_logits",
                 "(logits, chunk_size=128)",
                 *(_entropy_from_logits, _entropy_calls),
-                "entropies",
+                f"entropies; {_WHERE}",
             ),
             Replacement(
                 f"{_UTILS}:selective_log_softmax_and_entropy",
                 "(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None)",
                 *(_selective_log_softmax_and_entropy, _score_calls),
-                "both, in one read of the logits",
+                f"both, in one read of the logits; {_WHERE}",
             ),
         ],
         {

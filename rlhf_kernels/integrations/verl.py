@@ -4,7 +4,7 @@
     rlhf_kernels.integrations.verl.patch()
 
 Ray's workers are processes of their own: set RLHF_KERNELS_VERL=1 in their environment, and verl's
-plugin mechanism calls ``patch`` in each of them (see ``verl_plugin``).
+plugin mechanism calls ``patch`` in each of them (see ``rlhf_kernels_verl``).
 
 Replaced, with the same numbers within rounding:
 
@@ -18,8 +18,13 @@ Replaced, with the same numbers within rounding:
 
 and ``actor.policy_loss.loss_mode=rlhf_kernels`` selects the vanilla policy loss as one pass.
 Whatever a replacement does not serve goes to verl's own function. Results of 16-bit logits are
-rounded to the dtype in which verl returns them. One thing differs: a logit of +inf makes the
-log-probability of its row NaN, where verl's is -inf.
+rounded to the dtype in which verl returns them. Two things differ: a logit of +inf makes the
+log-probability of its row NaN, where verl's is -inf; and the fused head does not look for logits of
+-inf (weights of -inf, products that overflow), which make verl's entropy NaN and add 0 to ours.
+
+Nothing of ours can be differentiated twice. Log-probs of 16-bit logits keep the logits for the
+backward, so they must not be written to before it. The policy loss waits for the device twice, for
+its check of finite numbers and for verl's metrics, which are Python numbers; verl's waits more.
 
 ``report()`` names what is left alone and why: losses that no registry holds, sums that cost a
 fraction of a millisecond, heads and logits shared over tensor-parallel ranks.
@@ -32,7 +37,7 @@ import math
 import os
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -142,7 +147,8 @@ def _fused_linear(original: Any, strict: bool) -> Any:
             logprob, entropy = _linear(hidden_states, vocab_weights, ids, temperature)
         except IndexError:
             return original(self, hidden_states, vocab_weights, input_ids, temperature)
-        return logprob.to(torch.float32), entropy.to(hidden_states.dtype)
+        # A copy, which may be written to: the backward reads the entropy.
+        return logprob.to(torch.float32), entropy.to(hidden_states.dtype, copy=True)
 
     return forward
 
@@ -204,9 +210,10 @@ def _linear_cross_entropy(original: Any, strict: bool) -> Any:
         ):
             return original(*args)
         try:
-            return tuple(_linear(hidden, weight, flat, temperature))
+            logprob, entropy = _linear(hidden, weight, flat, temperature)
         except IndexError:
             return original(*args)
+        return logprob, entropy.clone()  # the backward reads what was there
 
     return linear_cross_entropy
 
@@ -232,7 +239,10 @@ def _logprobs(original: Any, strict: bool) -> Any:
 
 
 def _entropy(logits: Tensor, strict: bool) -> Tensor:
-    """Entropies of the rows; strict: NaN where a logit is -inf, as 0 * -inf is in the formula."""
+    """Entropies of the rows; strict: NaN where a logit is -inf, as 0 * -inf is in the formula.
+
+    The backward reads them, so a caller hands on a copy, which may be written to.
+    """
     tokens = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     entropy = token_logprob(logits, tokens, with_entropy=True).entropy
     if not strict:
@@ -246,7 +256,7 @@ def _entropy_from_logits(original: Any, strict: bool) -> Any:
     def entropy_from_logits(logits):
         if not _serves_rows(logits):
             return original(logits)
-        return _entropy(logits, strict).to(_dtype_of(original, logits))
+        return _entropy(logits, strict).to(_dtype_of(original, logits), copy=True)
 
     return entropy_from_logits
 
@@ -258,7 +268,7 @@ def _chunked_entropy(original: Any, strict: bool) -> Any:
     def entropy_from_logits_with_chunking(logits, chunk_size=2048):
         if not _serves_rows(logits) or logits.dim() != 2 or not _is_number(chunk_size, above=0):
             return original(logits, chunk_size)
-        return _entropy(logits, strict).to(torch.get_default_dtype())
+        return _entropy(logits, strict).to(torch.get_default_dtype(), copy=True)
 
     return entropy_from_logits_with_chunking
 
@@ -384,21 +394,22 @@ POLICY_LOSS_SIGNATURE = (
 )
 
 
-def _add_policy_loss(core_algos: types.ModuleType, strict: bool) -> Callable[[], None]:
-    """Register the loss under its name; verl's loss of the same maths serves what ours does not."""
-    vanilla = core_algos.compute_policy_loss_vanilla
-    found = patching.signature_of(vanilla)
-    if found != POLICY_LOSS_SIGNATURE:
-        raise TypeError(f"expected the signature {POLICY_LOSS_SIGNATURE}, got {found}")
-    core_algos.register_policy_loss(LOSS)(_policy_loss(vanilla, strict))
+def _register(core_algos: types.ModuleType, ours: Any) -> Callable[[], None]:
+    registry = core_algos.POLICY_LOSS_REGISTRY
+    if LOSS in registry:
+        raise ValueError(f"a policy loss {LOSS!r} is registered already")
+    core_algos.register_policy_loss(LOSS)(ours)
 
     def take_out() -> None:
-        core_algos.POLICY_LOSS_REGISTRY.pop(LOSS, None)
+        if registry.get(LOSS) is ours:
+            del registry[LOSS]
 
     return take_out
 
 
 def _policy_loss(vanilla: Any, strict: bool) -> Any:
+    """verl's vanilla loss in one pass; what ours does not serve goes there."""
+
     @functools.wraps(vanilla)
     def compute_policy_loss(
         old_log_prob,
@@ -546,32 +557,36 @@ class _TorchBackend:
     impl_backend, chunk_size = "torch", 512
 
 
+def _variables(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return _numbers(*shape).to(dtype).requires_grad_()
+
+
 def _head_calls() -> Iterator[Call]:
-    yield (_TorchBackend(), _numbers(2, 3, 4), _numbers(7, 4), _tokens(2, 3), 0.7), {}
-    yield (_TorchBackend(), _numbers(5, 4), _numbers(7, 4), _tokens(5)), {}
+    yield (_TorchBackend(), _variables(2, 3, 4), _variables(7, 4), _tokens(2, 3), 0.7), {}
+    yield (_TorchBackend(), _variables(5, 4), _numbers(7, 4), _tokens(5)), {}
 
 
 def _cross_entropy_calls() -> Iterator[Call]:
-    yield (_numbers(5, 128), _numbers(7, 128), _tokens(5), 0.7, "none"), {}
+    yield (_variables(5, 128), _variables(7, 128), _tokens(5), 0.7, "none"), {}
 
 
 def _logprob_calls() -> Iterator[Call]:
-    yield (_numbers(2, 3, 7), _tokens(2, 3)), {}
-    yield (_numbers(4, 7).bfloat16(), _tokens(4)), {}
+    yield (_variables(2, 3, 7), _tokens(2, 3)), {}
+    yield (_variables(4, 7, dtype=torch.bfloat16), _tokens(4)), {}
 
 
 def _entropy_calls() -> Iterator[Call]:
-    yield (_numbers(4, 7),), {}
-    yield (_numbers(4, 7).bfloat16(),), {}
+    yield (_variables(4, 7),), {}
+    yield (_variables(4, 7, dtype=torch.bfloat16),), {}
 
 
 def _masked_calls() -> Iterator[Call]:
-    yield (_numbers(3, 5), _MASK.bool()), {}
+    yield (_variables(3, 5), _MASK.bool()), {}
 
 
 def _whiten_calls() -> Iterator[Call]:
-    yield (_numbers(3, 5), _MASK), {}
-    yield (_numbers(3, 5), _MASK.bool()), {"shift_mean": False}
+    yield (_variables(3, 5), _MASK), {}
+    yield (_variables(3, 5), _MASK.bool()), {"shift_mean": False}
 
 
 def _gae_calls() -> Iterator[Call]:
@@ -580,7 +595,24 @@ def _gae_calls() -> Iterator[Call]:
 
 def _kl_calls() -> Iterator[Call]:
     for kind in ("k3", "low_var_kl", "k1"):
-        yield (_numbers(3, 5), 8 * _numbers(5, 3).t(), kind), {}
+        yield (_variables(3, 5), 8 * _numbers(5, 3).t(), kind), {}
+
+
+class _LossConfig:
+    """What the loss reads of an actor's configuration."""
+
+    clip_ratio, clip_ratio_low, clip_ratio_high = 0.2, 0.1, 0.3
+    global_batch_info: ClassVar[dict[str, Any]] = {}
+
+    def get(self, name: str, default: Any) -> Any:
+        return getattr(self, name, default)
+
+
+def _policy_loss_calls() -> Iterator[Call]:
+    old = _numbers(3, 5) + 0.3 * _numbers(5, 3).t()
+    args = (old, _variables(3, 5), _numbers(5, 3).t().contiguous(), _MASK.bool())
+    for mode in ("token-mean", "seq-mean-token-sum"):
+        yield (*args, mode, _LossConfig()), {}
 
 
 _FUSED = "verl.utils.experimental.torch_functional"
@@ -669,7 +701,7 @@ _host = patching.add(
         ],
         {
             f"{_FUNCTIONAL}:logprobs_from_logits": "it hands on to logprobs_from_logits_v2, which "
-            "is replaced, or to flash-attn's kernel where that is installed",
+            "is replaced, or on GPUs to flash-attn's kernel where that is installed",
             f"{_ALGOS}:kl_penalty": "it takes its estimates from kl_penalty_forward, which is "
             "replaced",
             f"{_ALGOS}:agg_loss": "no operator of ours aggregates a loss that is made elsewhere, "
@@ -683,7 +715,11 @@ _host = patching.add(
         [
             Addition(
                 f"{_ALGOS}:POLICY_LOSS_REGISTRY['{LOSS}']",
-                _add_policy_loss,
+                "compute_policy_loss_vanilla",
+                POLICY_LOSS_SIGNATURE,
+                _policy_loss,
+                _policy_loss_calls,
+                _register,
                 "the vanilla policy loss, by policy_loss",
             )
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import inspect
 import os
@@ -10,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -629,6 +631,20 @@ def test_logits_are_there_when_looked_at(how, look, temperature):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+def test_an_output_goes_with_its_last_user():
+    """Not with the next collection of garbage: it has the hidden states, and they their graph."""
+    actor, given = make_actor(), batch()
+    with adapter.patched():
+        logprob, output = actor(*given, return_output=True)
+    gone = weakref.ref(output)
+    gc.disable()
+    try:
+        del logprob, output
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_outputs_without_logits_are_outputs_else():
     actor, (sequences, mask, attention) = make_actor(), batch()
     with adapter.patched(), torch.no_grad():
@@ -777,11 +793,60 @@ def test_a_head_that_cannot_be_expressed_is_tried_once(served, monkeypatch):
     actor.train()
     torch.manual_seed(3)
     want = [actor(*given) for _ in range(2)]
-    with adapter.patched():
+    with (
+        adapter.patched(),
+        pytest.warns(RuntimeWarning, match="makes its logits: .*cannot be expressed") as told,
+    ):
         torch.manual_seed(3)
         got = [actor(*given) for _ in range(2)]
-    assert not served and len(runs) == 2 + 3
+    assert not served and len(runs) == 2 + 3 and len(told) == 1
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+def test_an_error_of_the_model_says_nothing_of_its_head(served, monkeypatch):
+    actor, given = make_actor(), batch()
+    layer = actor.model.model.layers[0]
+    with adapter.patched():
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "forward", lambda *args, **kwargs: 1 + "1")
+            assert outcome(actor, *given).startswith("TypeError: unsupported operand")
+        actor(*given)
+    assert len(served) == 1
+
+
+def test_actor_of_a_head_that_bans_tokens(served):
+    actor, given = make_actor(), batch()
+    head = actor.model.lm_head
+    head.bias = nn.Parameter(torch.zeros(V))
+    call = {"return_output": True, "return_entropy": True}
+    with torch.no_grad():
+        head.bias[3] = -torch.inf
+    want = actor(*given, **call)[1].entropy
+    with adapter.patched():
+        got = actor(*given, **call)[1].entropy
+    assert served and want.isnan().all() and got.isnan().all()
+    with adapter.patched(strict=False):
+        assert actor(*given, **call)[1].entropy.isfinite().all()
+
+
+def test_entropies_may_be_written_to(served):
+    """As the host's: the backward does not read them there."""
+    actor, given = make_actor(), batch()
+    logits = torch.randn(2, 5, 40)
+
+    def run():
+        actor.zero_grad()
+        _, output = actor(*given, return_output=True, return_entropy=True)
+        z = logits.clone().requires_grad_()
+        entropy = models_utils.compute_entropy(z)
+        (output.entropy.mul_(3).sum() + entropy.mul_(2).sum()).backward()
+        return actor.model.lm_head.weight.grad, z.grad
+
+    want = run()
+    with adapter.patched():
+        got = run()
+    assert served
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
 def test_tokens_beyond_the_head_are_the_host_s_error():
@@ -984,8 +1049,18 @@ def test_under_compile():
 
     with adapter.patched():
         expected = step(logits, labels)
-        got = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, labels)
-    torch.testing.assert_close(got, expected)
+        traced = []
+
+        def backend(graph, inputs):
+            traced.extend(str(node.target) for node in graph.graph.nodes)
+            return graph
+
+        torch._dynamo.reset()
+        got = torch.compile(step, fullgraph=True, backend=backend)(logits, labels)
+        torch.testing.assert_close(got, expected)
+        assert sum("rlhf_kernels.token_logprob" in name for name in traced) == 2, traced
+        alone = torch.compile(models_utils.compute_entropy, backend="aot_eager")(logits * 1.5 / 0.7)
+        torch.testing.assert_close(alone, expected[1])
 
 
 # --- its trainers ---------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import importlib.abc
+import importlib.util
 import inspect
 import os
 import sys
 import threading
+import types
 import warnings
 
 import pytest
@@ -60,13 +64,17 @@ def make_double(original, strict):
     return ours
 
 
-def register(module, strict):
-    module.REGISTRY["ours"] = strict
+def variable():
+    yield (torch.ones(2, requires_grad=True),), {}
+
+
+def register(module, ours):
+    module.REGISTRY["ours"] = ours
     return lambda: module.REGISTRY.pop("ours")
 
 
-def register_where_nothing_is(module, strict):
-    module.OTHER["ours"] = strict
+def register_where_nothing_is(module, ours):
+    module.OTHER["ours"] = ours
 
 
 @pytest.fixture
@@ -83,6 +91,7 @@ def host(tmp_path, monkeypatch):
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2.3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     half = "fakehost.core:Maker.half"
+    like = ("double", "(x, factor=2.0)", make_double, calls)
     made = Host(
         package,
         [(1, 2)],
@@ -94,8 +103,8 @@ def host(tmp_path, monkeypatch):
         ],
         {"fakehost.core:Maker.triple": "it is fast enough"},
         [
-            Addition("fakehost.core:REGISTRY['ours']", register, "is ours"),
-            Addition("fakehost.core:OTHER['ours']", register_where_nothing_is, "has no place"),
+            Addition("fakehost.core:REGISTRY['ours']", *like, register, "is ours"),
+            Addition("fakehost.core:OTHER['ours']", *like, register_where_nothing_is, "no place"),
         ],
     )
     monkeypatch.setattr(patching, "_hosts", [*patching._hosts, made])
@@ -141,6 +150,8 @@ def test_modules_keep_their_own_loaders(host):
     assert "def double" in inspect.getsource(core)
     assert type(core.__loader__) is type(core.__spec__.loader)
     assert not isinstance(core.__loader__, patching._Loader)
+    waiting = importlib.util.find_spec("fakehost.core").loader
+    assert "def double" in waiting.get_source("fakehost.core")
 
 
 def test_report_says_what_where_and_why(host):
@@ -188,7 +199,7 @@ def test_a_registry_gets_what_is_ours_and_loses_it(host, when):
     host.patch(strict=False)
     core = load("core")
     host.patch(strict=False)
-    assert core.REGISTRY == {"ours": False}
+    assert list(core.REGISTRY) == ["ours"] and not core.REGISTRY["ours"](torch.zeros(2)).any()
     entries = {entry.path: entry for entry in host.report()}
     added = entries["fakehost.core:REGISTRY['ours']"]
     assert (added.status, added.reason) == ("added", "is ours")
@@ -208,21 +219,270 @@ def test_strict(host):
                 host.patch(strict=not strict)
 
 
-@pytest.mark.parametrize("agrees", [True, False])
+DIFFERENT = {
+    "values": lambda x, factor=2.0: x + factor,
+    "gradients": lambda x, factor=2.0: x.detach() * (factor - 1) + x,
+    "dtypes": lambda x, factor=2.0: (x * factor).double(),
+}
+
+
+@pytest.mark.parametrize("agrees", [True, *DIFFERENT])
 def test_an_unknown_version_is_verified_on_small_calls(host, monkeypatch, agrees):
     core = load("core")
-    if not agrees:
-        monkeypatch.setattr(core, "double", lambda x, factor=2.0: x + factor)
+    made = Replacement(
+        "fakehost.core:double",
+        "(x, factor=2.0)",
+        lambda original, strict: lambda x, factor=2.0: factor * x,
+        variable,
+        "doubles",
+    )
+    monkeypatch.setattr(host, "replacements", [made])
+    if agrees is not True:
+        monkeypatch.setattr(core, "double", DIFFERENT[agrees])
     monkeypatch.setattr(host, "version", lambda: "1.3.0")
     with pytest.warns(RuntimeWarning, match=r"fakehost 1\.3\.0 is not among .* with \(1\.2\)"):
         host.patch()
     (double,) = [entry for entry in host.report() if entry.path.endswith("double")]
-    if agrees:
+    if agrees is True:
         assert double.status == "replaced"
     else:
         assert double.status == "left alone"
         assert double.reason == "version 1.3.0 is not known, and gives something else"
-        assert not hasattr(core.double, "seen")
+        assert core.double is DIFFERENT[agrees]
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+def test_an_addition_is_verified_too(host, monkeypatch, agrees):
+    core = load("core")
+    if not agrees:
+        monkeypatch.setattr(core, "double", lambda x, factor=2.0: x + factor)
+    monkeypatch.setattr(host, "version", lambda: "1.3.0")
+    with pytest.warns(RuntimeWarning, match="fakehost 1.3.0"):
+        host.patch()
+    assert ("ours" in core.REGISTRY) == agrees
+    (added,) = [entry for entry in host.report() if "REGISTRY" in entry.path]
+    assert agrees or added.reason == "version 1.3.0 is not known, and gives something else"
+
+
+def test_verification_leaves_the_random_state(host, monkeypatch):
+    load("core")
+
+    def drawn():
+        yield (torch.randn(2),), {}
+
+    made = Replacement("fakehost.core:double", "(x, factor=2.0)", make_double, drawn, "doubles")
+    monkeypatch.setattr(host, "replacements", [made])
+    monkeypatch.setattr(host, "version", lambda: "1.3.0")
+    before = torch.get_rng_state()
+    with pytest.warns(RuntimeWarning, match="fakehost 1.3.0"):
+        host.patch()
+    assert torch.equal(torch.get_rng_state(), before) and host.report()[0].status == "replaced"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_verification_allows_what_a_dtype_rounds(host, monkeypatch, dtype):
+    """One place off in the last digit is no difference, a tenth is one."""
+    core = load("core")
+
+    def call():
+        yield (torch.tensor([1.0, 3.0, -0.3], dtype=dtype),), {}
+
+    for off, status in ((torch.finfo(dtype).eps, "replaced"), (0.1, "left alone")):
+        monkeypatch.setattr(core, "double", lambda x, factor=2.0, off=off: x * factor * (1 + off))
+        made = Replacement("fakehost.core:double", "(x, factor=2.0)", make_double, call, "doubles")
+        made = dataclasses.replace(made, also={signature_of(core.double): call})
+        monkeypatch.setattr(host, "replacements", [made])
+        monkeypatch.setattr(host, "version", lambda: "1.3.0")
+        with pytest.warns(RuntimeWarning, match="fakehost 1.3.0"):
+            host.patch()
+        assert host.report()[0].status == status
+        host.unpatch()
+
+
+def test_a_host_in_a_folder_without_metadata_is_of_an_unknown_version(host, tmp_path):
+    (tmp_path / "fakehost-1.2.3.dist-info" / "METADATA").unlink()
+    (tmp_path / "fakehost-1.2.3.dist-info").rmdir()
+    importlib.invalidate_caches()
+    with pytest.warns(RuntimeWarning, match="fakehost of an unknown version is not among"):
+        host.patch()
+    assert hasattr(load("core").double, "seen")
+
+
+def test_what_cannot_be_replaced_is_left_alone_and_the_rest_is_not(host, monkeypatch):
+    """Neither ``patch`` nor the host's import raises, and nothing is left half done."""
+    made = host.replacements
+
+    def fails(original, strict):
+        raise AttributeError("no such thing")
+
+    broken = dataclasses.replace(made[0], make=fails)
+    monkeypatch.setattr(host, "replacements", [broken, made[3]])
+    host.patch()
+    core = load("core")
+    entries = {entry.path: entry for entry in host.report()}
+    assert "does not take it: AttributeError" in entries["fakehost.core:double"].reason
+    assert entries["fakehost.core:Maker.half"].status == "replaced"
+    assert not hasattr(core.double, "seen")
+
+
+def test_unpatch_keeps_what_somebody_else_has_put_there_since(host):
+    core = load("core")
+    original = core.double
+    host.patch()
+
+    def mine(x, factor=2.0):
+        return x
+
+    half = staticmethod(lambda x: x)
+    core.double = mine
+    core.Maker.half = half
+    entries = {entry.path: entry for entry in host.report()}
+    for path in ("fakehost.core:double", "fakehost.core:Maker.half"):
+        assert entries[path].status == "overridden"
+    host.unpatch()
+    assert core.double is mine and inspect.getattr_static(core.Maker, "half") is half
+    core.double = original
+
+
+def test_a_module_that_is_loaded_again_is_patched_again(host):
+    load("user")
+    host.patch()
+    importlib.reload(load("core"))
+    core = load("core")
+    assert hasattr(core.double, "seen") and list(core.REGISTRY) == ["ours"]
+    assert {e.path: e.status for e in host.report()}["fakehost.core:double"] == "replaced"
+    host.unpatch()
+    for module, name in ((core, "double"), (load("user"), "twice")):
+        assert not hasattr(getattr(module, name), "seen")
+
+
+def test_unpatch_after_a_module_is_gone(host):
+    load("core")
+    host.patch()
+    del sys.modules["fakehost.core"]
+    host.unpatch()
+    assert {entry.status for entry in host.report()} == {"not patched", "left alone"}
+
+
+def test_blocks_of_several_threads(host):
+    """The last one that is left puts the host's functions back."""
+    core = load("core")
+    original = core.double
+    first, second = host.patched(), host.patched()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert core.double is not original
+    second.__exit__(None, None, None)
+    assert core.double is original
+    host.patch()
+    with host.patched():
+        pass
+    assert core.double is not original
+    with host.patched():
+        host.unpatch()
+        assert core.double is original
+        host.patch()
+    assert core.double is not original
+
+
+def test_patch_waits_for_another_thread_that_imports(host, tmp_path):
+    """A module that is half there has nothing to replace yet; what it will have is replaced."""
+    core = tmp_path / "fakehost" / "core.py"
+    core.write_text(
+        "import threading\nbegun, go = threading.Event(), threading.Event()\n"
+        "begun.set()\ngo.wait(20)\n" + core.read_text()
+    )
+    thread = threading.Thread(target=load, args=("core",))
+    thread.start()
+    while not hasattr(sys.modules.get("fakehost.core"), "go"):
+        pass
+    half = sys.modules["fakehost.core"]
+    half.begun.wait(20)
+    threading.Timer(0.2, half.go.set).start()
+    host.patch()
+    thread.join()
+    assert hasattr(load("core").double, "seen") and list(load("core").REGISTRY) == ["ours"]
+
+
+def test_a_patch_in_the_middle_of_an_import_can_be_finished(host, tmp_path, monkeypatch):
+    core = tmp_path / "fakehost" / "core.py"
+    core.write_text("import patch_now\n" + core.read_text())
+    monkeypatch.setitem(sys.modules, "patch_now", None)
+    del sys.modules["patch_now"]
+    (tmp_path / "patch_now.py").write_text(
+        "from rlhf_kernels.integrations import patching\npatching._hosts[-1].patch()\n"
+    )
+    load("core")
+    sys.modules.pop("patch_now")
+    assert host.report()[0].status == "waiting"
+    host.patch()
+    assert host.report()[0].status == "replaced" and hasattr(load("core").double, "seen")
+
+
+def test_another_finder_that_asks_all_the_others(host):
+    class Other(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            for finder in sys.meta_path:
+                if finder is not self and (spec := finder.find_spec(name, path, target)):
+                    return spec
+            return None
+
+    host.patch()
+    sys.meta_path.insert(0, Other())
+    assert hasattr(load("core").double, "seen")
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_patched(host, monkeypatch):
+    core = load("core")
+    monkeypatch.setattr(host, "version", lambda: "1.3.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(RuntimeWarning):
+                host.patch()
+            with pytest.raises(RuntimeWarning), host.patched():
+                pass
+    assert {entry.status for entry in host.report()} == {"not patched", "left alone"}
+    assert not hasattr(core.double, "seen")
+    for patch in (host.patch, lambda: host.patched().__enter__()):
+        with pytest.warns(RuntimeWarning) as told:
+            patch()
+        assert told[0].filename == __file__
+        host.unpatch()
+
+
+def test_patch_while_other_threads_import(host):
+    """Modules come and go while they are searched."""
+    core, original, stop, errors = load("core"), load("core").double, threading.Event(), []
+
+    def imports():
+        n = 0
+        while not stop.is_set():
+            name = f"fakehost.made{n % 500}"
+            sys.modules[name] = types.ModuleType(name)
+            setattr(core, f"made{n % 500}", n)
+            n += 1
+            if n % 500 == 0:
+                for i in range(500):
+                    sys.modules.pop(f"fakehost.made{i}")
+                    delattr(core, f"made{i}")
+
+    thread = threading.Thread(target=imports)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for _ in range(50):
+            host.patch()
+            host.unpatch()
+    except RuntimeError as error:
+        errors.append(error)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not errors and core.double is original
 
 
 def test_a_known_version_warns_of_nothing(host):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import rlhf_kernels_verl
 from compare import assert_close_to_truth
 
-pytest.importorskip("verl", reason="verl is not installed: see requirements/hosts/verl.txt")
+verl = pytest.importorskip("verl", reason="verl is not installed: see requirements/hosts/verl.txt")
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 functional = importlib.import_module("verl.utils.torch_functional")
 fused = importlib.import_module("verl.utils.experimental.torch_functional")
@@ -222,6 +224,30 @@ def test_autocast_decides_the_dtype(monkeypatch, dtype):
             expected, got = host(*args), ours(*args)
             assert expected.dtype == got.dtype
             torch.testing.assert_close(expected, got, rtol=2e-2, atol=2e-2)
+
+
+def test_entropies_may_be_written_to(monkeypatch, forwards):
+    """As verl's: their backward does not read them."""
+    logits = random(4, 9)
+    for name in ("entropy_from_logits", "entropy_from_logits_with_chunking"):
+        grads = []
+        for function in pair(monkeypatch, functional, name):
+            x = leaf(logits)
+            function(x).mul_(2).sum().backward()
+            grads.append(x.grad)
+        torch.testing.assert_close(*grads)
+    hidden, weight, labels = head((5,), torch.float32)
+    grads = []
+    for function in forwards:
+        x = leaf(hidden)
+        function(x, weight, labels)[1].mul_(2).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+    with adapter.patched():
+        x = leaf(hidden)
+        module = linear_cross_entropy_module
+        module.linear_cross_entropy(x, weight, labels, 1.0)[1].mul_(2).sum().backward()
+    torch.testing.assert_close(x.grad, grads[0])
 
 
 def test_engines_may_compile_the_entropy(monkeypatch):
@@ -598,6 +624,51 @@ def test_policy_loss_is_registered_while_patched():
     assert "rlhf_kernels" not in core_algos.POLICY_LOSS_REGISTRY
 
 
+def test_a_policy_loss_of_that_name_stays(monkeypatch):
+    monkeypatch.setitem(core_algos.POLICY_LOSS_REGISTRY, "rlhf_kernels", functional.masked_mean)
+    with adapter.patched():
+        (entry,) = [e for e in adapter.report() if "REGISTRY" in e.path]
+        assert entry.status == "left alone" and "is registered already" in entry.reason
+    assert core_algos.POLICY_LOSS_REGISTRY["rlhf_kernels"] is functional.masked_mean
+
+
+def test_an_unknown_version_is_replaced_where_both_agree(monkeypatch):
+    """All but linear_cross_entropy, which verl cannot run on a CPU: there is nothing to compare."""
+    monkeypatch.setattr(adapter._host, "tested", ((0, 1),))
+    with pytest.warns(RuntimeWarning, match="not among the versions"):
+        adapter.patch()
+    try:
+        kept = [entry for entry in adapter.report() if entry.path not in adapter._host.left_alone]
+        assert {e.path for e in kept if e.status not in ("replaced", "added")} == {
+            "verl.utils.kernel.linear_cross_entropy:linear_cross_entropy"
+        }
+    finally:
+        adapter.unpatch()
+
+
+@pytest.mark.parametrize("wrong", ["values", "gradients"])
+def test_an_unknown_version_with_another_policy_loss_gets_none(monkeypatch, wrong):
+    vanilla = core_algos.compute_policy_loss_vanilla
+
+    def other(
+        old_log_prob,
+        log_prob,
+        advantages,
+        response_mask,
+        loss_agg_mode="token-mean",
+        config=None,
+        rollout_is_weights=None,
+    ):
+        args = (old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config)
+        loss, metrics = vanilla(*args)
+        return 1.1 * loss if wrong == "values" else 1.1 * loss - 0.1 * loss.detach(), metrics
+
+    monkeypatch.setattr(core_algos, "compute_policy_loss_vanilla", other)
+    monkeypatch.setattr(adapter._host, "tested", ((0, 1),))
+    with pytest.warns(RuntimeWarning, match="not among the versions"), adapter.patched():
+        assert "rlhf_kernels" not in core_algos.POLICY_LOSS_REGISTRY
+
+
 # ---- where it is called from --------------------------------------------------------------------
 
 IMPORTERS = [
@@ -659,11 +730,16 @@ def test_importers_of_what_hands_on_reach_ours(monkeypatch):
 
 
 def python(code, *paths, **environment):
-    """What a process of its own prints."""
+    """What a process of its own prints; it runs in the first of the paths, not in ours."""
     paths = [*paths, *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=paths[0],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -698,15 +774,29 @@ def test_plugin_patches_a_process_that_imports_verl(entry_point):
     assert "'added'" in said and "'replaced'" in said and "True True" in said
 
 
-def test_plugin_acts_only_where_the_environment_asks_for_it(monkeypatch):
-    from rlhf_kernels.integrations import verl_plugin
+def test_plugin_leaves_our_package_unimported_where_nobody_asks(entry_point):
+    code = (
+        "import sys, verl; print('rlhf_kernels' in sys.modules, 'rlhf_kernels_verl' in sys.modules)"
+    )
+    assert python(code, entry_point, RLHF_KERNELS_VERL="").splitlines()[0] == "False True"
 
+
+def test_plugin_says_that_our_package_is_broken(entry_point):
+    """verl itself hides what a plugin raises."""
+    (entry_point / "rlhf_kernels").mkdir()
+    (entry_point / "rlhf_kernels" / "__init__.py").write_text("raise OSError('no library')")
+    said = python("import verl; print('went on')", entry_point, RLHF_KERNELS_VERL="1")
+    assert "verl runs without rlhf_kernels" in said and "no library" in said and "went on" in said
+
+
+def test_plugin_acts_only_where_the_environment_asks_for_it(monkeypatch, caplog):
     for asked in ("", "0", "true"):
         monkeypatch.setenv("RLHF_KERNELS_VERL", asked)
-        verl_plugin.plugin()
+        rlhf_kernels_verl.plugin()
+        assert bool(caplog.text) == (asked == "true")
         assert {entry.status for entry in adapter.report()} == {"not patched", "left alone"}
     monkeypatch.setenv("RLHF_KERNELS_VERL", "1")
-    verl_plugin.plugin()
+    rlhf_kernels_verl.plugin()
     try:
         assert "rlhf_kernels" in core_algos.POLICY_LOSS_REGISTRY
     finally:
@@ -714,14 +804,12 @@ def test_plugin_acts_only_where_the_environment_asks_for_it(monkeypatch):
 
 
 def test_plugin_says_what_went_wrong(monkeypatch, caplog):
-    from rlhf_kernels.integrations import verl_plugin
-
     def broken():
         raise RuntimeError("no kernels today")
 
     monkeypatch.setattr(adapter, "patch", broken)
     monkeypatch.setenv("RLHF_KERNELS_VERL", "1")
-    verl_plugin.plugin()
+    rlhf_kernels_verl.plugin()
     assert "verl runs without rlhf_kernels" in caplog.text and "no kernels today" in caplog.text
 
 
@@ -894,13 +982,18 @@ OWN_TESTS = [
     "trainer/ppo/test_loss_aggregation_on_cpu.py",
     "trainer/ppo/test_value_loss_normalization_on_cpu.py",
     "trainer/ppo/test_reinforce_pp_multiturn_on_cpu.py",
+    "trainer/ppo/test_dynamic_policy_losses_on_cpu.py",
+    "trainer/ppo/test_metric_utils_on_cpu.py",
+    "trainer/ppo/test_rollout_corr.py",
 ]
 
 
 def test_verls_own_tests_pass(tmp_path):
-    folder = os.environ.get("VERL_TESTS")
-    if not folder:
-        pytest.skip("the wheel has no tests: VERL_TESTS names the folder of a source distribution")
+    """Its wheel has them; VERL_TESTS may name the folder of another copy."""
+    own = Path(inspect.getfile(verl)).parents[1] / "tests"
+    folder = Path(os.environ.get("VERL_TESTS", own))
+    if not all((folder / test).exists() for test in OWN_TESTS):
+        pytest.skip("this installation of verl has no tests")
     (tmp_path / "patch_verl.py").write_text(
         "from rlhf_kernels.integrations import verl\nverl.patch()\n"
     )
