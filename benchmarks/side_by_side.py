@@ -1,8 +1,8 @@
 """A host trainer's functions and steps with and without our kernels: time and peak memory.
 
 The two are compared first, then timed in turn: in bfloat16 ours may not be farther from the host's
-float32 than the host itself is, by more than a quarter. Memory is the most that the allocator held
-beyond what stood before, in a run of its own.
+float32 than the host itself is by more than a quarter, where that is more than 1 %. Memory is the
+most that the allocator held beyond what stood before, in a run of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rlhf_kernels.__main__ import versions
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 Call = Callable[[], Sequence[Tensor]]
 
 
@@ -98,19 +98,24 @@ class SideBySide:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Of the norms, relative to that of ``b``."""
+    """In the norm, relative to that of ``b``; of choices the part that differs."""
+    if not b.is_floating_point():
+        return float((a != b).double().mean())
     return float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30))
 
 
 def peak(call: Call) -> int:
-    """Bytes that the allocator held at most, beyond the start."""
+    """Bytes that the allocator held at most, beyond the start, to which it has to come back."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it reports that it starts and stops
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     results = cast(Any, profiler.profiler).kineto_results
     changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
-    return max(accumulate((size for _, size in sorted(changes, key=itemgetter(0))), initial=0))
+    held = list(accumulate((size for _, size in sorted(changes, key=itemgetter(0))), initial=0))
+    if abs(held[-1]) > 2**20:  # gradients of an earlier call, say: a peak would be too low
+        raise ValueError(f"call: expected what leaves nothing behind, got {held[-1]} bytes more")
+    return max(held)
 
 
 def with_gradient(
@@ -120,7 +125,7 @@ def with_gradient(
 
     def call() -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in tensors]
-        outputs = floating(function(*inputs))
+        outputs = tensors_of(function(*inputs))
         ends = [int(x.numel() * fraction) for x in outputs]
         sums = [x.flatten()[:n].float().sum() for x, n in zip(outputs, ends, strict=True)]
         loss = torch.stack([x for x in sums if x.requires_grad]).sum()
@@ -129,10 +134,10 @@ def with_gradient(
     return call
 
 
-def floating(out: Any) -> list[Tensor]:
-    """The outputs to compare: a choice may differ where two logits differ by a rounding."""
+def tensors_of(out: Any) -> list[Tensor]:
+    """One tensor, or what is there of several."""
     outputs = out if isinstance(out, tuple) else (out,)
-    return [x for x in outputs if x is not None and x.is_floating_point()]
+    return [x for x in outputs if x is not None]
 
 
 def tiny_llama(vocab: int, width: int, dtype: torch.dtype) -> Any:

@@ -70,7 +70,6 @@ def steps(table: SideBySide, dtype: torch.dtype) -> None:
     sequences = torch.randint(VOCAB, (ROWS, LENGTH))
     attention, mask = torch.ones_like(sequences), torch.ones(ROWS, ACTIONS)
     advantages = torch.randn(ROWS, ACTIONS)
-    head = actor.model.lm_head.weight
 
     def scored() -> list[Tensor]:
         with torch.no_grad():
@@ -78,10 +77,10 @@ def steps(table: SideBySide, dtype: torch.dtype) -> None:
 
     old = scored()[0] + 0.1 * torch.randn(ROWS, ACTIONS)
 
+    weights = (actor.model.lm_head.weight, actor.model.model.embed_tokens.weight)
+
     def backward(loss: Tensor) -> list[Tensor]:
-        actor.zero_grad()
-        loss.backward()
-        return [loss.detach(), head.grad.clone()]
+        return [loss.detach(), *torch.autograd.grad(loss, weights)]
 
     def ppo(entropy: bool = False) -> list[Tensor]:
         logprob, output = actor(

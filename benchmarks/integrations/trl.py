@@ -24,8 +24,8 @@ import rlhf_kernels  # noqa: E402
 from rlhf_kernels.integrations import trl as adapter  # noqa: E402
 from side_by_side import (  # noqa: E402
     SideBySide,
-    floating,
     out_option,
+    tensors_of,
     tiny_llama,
     with_gradient,
 )
@@ -35,36 +35,49 @@ VOCAB, TOKENS, WIDTH = 128256, 1024, 256
 
 
 def head(table: SideBySide, dtype: torch.dtype, new: bool) -> None:
+    call_of = head_calls(TOKENS, WIDTH, dtype, new)
+    entropy, *inputs = call_of(("entropy",))
+    with torch.no_grad():
+        table.measure("head, entropy", dtype, lambda: tensors_of(entropy(*inputs)))
+    asked: dict[str, tuple[str, ...]] = {"entropy": ("entropy",)}
+    if new:
+        asked["SFT's outputs"] = ("entropy", "is_top1")
+        asked["all outputs"] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    for name, outputs in asked.items():
+        call = with_gradient(*call_of(outputs), fraction=0.5)
+        table.measure(f"head, {name}, backward", dtype, call)
+
+
+def wide_head(table: SideBySide) -> None:
+    """As under a trainer with bf16=True, at a width where the products count."""
+    entropy, *inputs = head_calls(256, 2048, torch.float32, True)(("entropy",))
+    with torch.autocast("cpu", torch.bfloat16):
+        name = "head 256 x 2048, entropy, autocast"
+        with torch.no_grad():
+            table.measure(name, torch.bfloat16, lambda: tensors_of(entropy(*inputs)))
+        call = with_gradient(entropy, *inputs, fraction=0.5)
+        table.measure(f"{name}, backward", torch.bfloat16, call)
+
+
+def head_calls(tokens: int, width: int, dtype: torch.dtype, new: bool) -> Callable[..., Any]:
+    """(the head with some outputs, hidden, weight)."""
     from trl.trainer import utils
 
     torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, WIDTH).to(dtype)
-    weight = (torch.randn(VOCAB, WIDTH) / WIDTH**0.5).to(dtype)
-    tokens = torch.randint(VOCAB, (TOKENS,))
+    hidden = torch.randn(tokens, width).to(dtype)
+    weight = (torch.randn(VOCAB, width) / width**0.5).to(dtype)
+    targets = torch.randint(VOCAB, (tokens,))
 
-    def of(outputs: tuple[str, ...]) -> Callable[..., Any]:
+    def of(outputs: tuple[str, ...]) -> Any:
         def head(h: torch.Tensor, w: torch.Tensor) -> Any:
-            args: tuple[Any, ...] = (h, w, None, tokens) if new else (h, w, tokens)
+            args: tuple[Any, ...] = (h, w, None, targets) if new else (h, w, targets)
             args += (0.9, 32768 if new else 8192, None, 1.0)
             args += (outputs,) if new else ()
             return utils._ChunkedLogProbFunction.apply(*args)
 
-        return head
+        return head, hidden, weight
 
-    entropy = of(("entropy",))
-    with torch.no_grad():
-        table.measure("head, entropy", dtype, lambda: floating(entropy(hidden, weight)))
-    asked = {"entropy": entropy}
-    if new:
-        asked["SFT's outputs"] = of(("entropy", "is_top1"))
-        asked["all outputs"] = of(("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
-    for name, function in asked.items():
-        call = with_gradient(function, hidden, weight, fraction=0.5)
-        table.measure(f"head, {name}, backward", dtype, call)
-    if new and dtype == torch.float32:
-        with torch.autocast("cpu", torch.bfloat16):
-            call = with_gradient(entropy, hidden, weight, fraction=0.5)
-            table.measure("head, entropy, autocast, backward", torch.bfloat16, call)
+    return of
 
 
 def of_logits(table: SideBySide, dtype: torch.dtype, new: bool) -> None:
@@ -84,7 +97,7 @@ def of_logits(table: SideBySide, dtype: torch.dtype, new: bool) -> None:
     for name, function in functions.items():
 
         def alone(function: Callable[..., Any] = function) -> list[torch.Tensor]:
-            return floating(function(logits))
+            return tensors_of(function(logits))
 
         with torch.no_grad():
             table.measure(name, dtype, alone)
@@ -123,15 +136,13 @@ def step(table: SideBySide, dtype: torch.dtype, new: bool) -> None:
     labels[:, : TOKENS // 4] = -100
 
     def call() -> list[torch.Tensor]:
-        model.zero_grad()
         if new:
             loss = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
         else:
             logprob = utils.selective_log_softmax(model(input_ids=ids).logits[:, :-1], ids[:, 1:])
             loss = -logprob[:, TOKENS // 4 :].float().mean()
-        loss.backward()
         weights = (model.lm_head.weight, model.model.embed_tokens.weight)
-        return [loss.detach(), *(w.grad.clone() for w in weights)]
+        return [loss.detach(), *torch.autograd.grad(loss, weights)]
 
     table.measure(f"step, {TOKENS} tokens, half masked", dtype, call)
 
@@ -140,7 +151,7 @@ def main() -> None:
     out = out_option(__doc__)
     import trl
 
-    new = int(trl.__version__.split(".")[1]) >= 14
+    new = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 14)
     table = SideBySide("trl", adapter.patched)
     if not new:
         ppo(table)
@@ -148,6 +159,8 @@ def main() -> None:
         head(table, dtype, new)
         of_logits(table, dtype, new)
         step(table, dtype, new)
+    if new:
+        wide_head(table)
     if out:
         table.write(out)
 

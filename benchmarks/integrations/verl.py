@@ -125,7 +125,7 @@ def step(table: SideBySide, dtype: torch.dtype) -> None:
         loss, _ = policy_loss(old, logprob.float(), advantages, mask, "token-mean", config)
         loss = loss - 0.01 * core_algos.agg_loss(entropy, mask, "token-mean")
         grads = torch.autograd.grad(loss, [model.lm_head.weight, model.model.norm.weight])
-        return loss.detach(), *grads
+        return logprob.detach(), entropy.detach(), *grads
 
     table.measure("step, fused head, 1024 tokens", dtype, lambda: run(True))
     table.measure("step, logits, 1024 tokens", dtype, lambda: run(False))
