@@ -409,7 +409,7 @@ def _find(module: Any, name: str) -> Any:
 def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:
     """In what, on those calls; the random state of the caller stays what it was."""
     theirs, ours = getattr(theirs, "apply", theirs), getattr(ours, "apply", ours)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         for args, kwargs in calls():
             try:
                 results = [_with_gradients(function, args, kwargs) for function in (theirs, ours)]
