@@ -64,7 +64,10 @@ def test_wheel_works_elsewhere(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         binaries = {Path(n).name: archive.read(n) for n in names if n.endswith((".so", ".dylib"))}
-    assert {n.split("/")[0].split("-")[0] for n in names} == {"rlhf_kernels", "rlhf_trainer"}
+        (points,) = (archive.read(n).decode() for n in names if n.endswith("/entry_points.txt"))
+    packages = {"rlhf_kernels", "rlhf_kernels_verl", "rlhf_trainer"}
+    assert {n.split("/")[0].split("-")[0] for n in names} == packages
+    assert "[verl.plugins]\nrlhf_kernels = rlhf_kernels_verl" in points
     libraries = ["librlhf_kernels_cpu", *(["librlhf_kernels_cuda"] if architectures else [])]
     assert sorted(name.split(".")[0] for name in binaries) == ["_C", *libraries]
     for name, content in binaries.items():
