@@ -1,7 +1,8 @@
 """A host trainer's functions and steps with and without our kernels: time and peak memory.
 
 The two are compared first, then timed in turn: in bfloat16 ours may not be farther from the host's
-float32 than the host itself is by more than a quarter, where that is more than 1 %. Memory is the
+float32 than the host itself is by more than a quarter, where that is more than 1 % (under autocast
+than 1 % from the host's own). Memory is the
 most that the allocator held beyond what stood before, in a run of its own.
 """
 

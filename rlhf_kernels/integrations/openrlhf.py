@@ -8,7 +8,7 @@ Replaced:
   states, without logits. Only positions that are returned reach the head. With ``return_output``
   the output makes its logits when somebody looks at them, which the trainers do not. With packed
   samples, ring attention, images, or a head that is no plain linear layer (LoRA on it, quantised)
-  it is the original; of a head it warns, once for each model.
+  it is the original; of a head it warns.
 - ``log_probs_from_logits`` and ``compute_entropy``, which the original ``Actor.forward`` calls.
 - ``compute_approx_kl`` for k3, whose small values the host loses to cancellation. For k1 and k2,
   and with ``unbiased_gradient``, it is the original, which is as fast.
@@ -30,7 +30,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import os
 import types
 import warnings
 import weakref
@@ -40,10 +39,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_kernels import backend, checks
+from rlhf_kernels import checks
 from rlhf_kernels.full_weight import full_weight
 from rlhf_kernels.gae import gae
 from rlhf_kernels.integrations import patching
+from rlhf_kernels.integrations.serving import has_kernels, in_torch_func
 from rlhf_kernels.kl_estimate import kl_estimate
 from rlhf_kernels.linear_chunks import NOTHING_IGNORED
 from rlhf_kernels.linear_logprob import linear_logprob
@@ -62,17 +62,7 @@ def _runs(op: str, *tensors: Any) -> bool:
         return False
     if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
         return False
-    return _has_kernels(op, first.device.type)
-
-
-def _has_kernels(op: str, device: str) -> bool:
-    names = {"cpu": ("cpu", "triton")[: 1 + backend.INTERPRETING], "cuda": ("triton", "cuda")}
-    asked = os.environ.get("RLHF_KERNELS_BACKEND")
-    return any(
-        backend.why_not(op, name) is None
-        for name in names.get(device, ())
-        if not asked or name == asked
-    )
+    return not in_torch_func() and has_kernels(op, first.device.type)
 
 
 # ---- log-probs and entropy of logits -----------------------------------------------------------
@@ -295,8 +285,12 @@ def _serve(
     strict: bool,
 ) -> Any:
     """What ``forward`` returns, or None: the original has to."""
-    use_cache = None if return_output else False  # None: as the configuration says
-    ran = _run(actor.model, sequences, attention_mask, use_cache=use_cache)
+    # The host gives none: None is as the configuration says. Without the output nobody sees it.
+    takes = inspect.signature(actor.model.forward).parameters
+    more = {}
+    if "use_cache" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        more["use_cache"] = None if return_output else False
+    ran = _run(actor.model, sequences, attention_mask, **more)
     if ran is None:
         return None
     tokens, hidden = sequences[:, 1:], ran.hidden[:, :-1]
@@ -353,7 +347,7 @@ def _is_batch(sequences: Any, attention_mask: Any, action_mask: Any) -> bool:
         action_mask.shape[0] != rows or not 0 < action_mask.shape[1] < length
     ):
         return False
-    return _has_kernels("linear_logprob", sequences.device.type)
+    return not in_torch_func() and has_kernels("linear_logprob", sequences.device.type)
 
 
 _expressible: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -377,11 +371,11 @@ def _run(model: Any, sequences: Tensor, mask: Tensor, **more: Any) -> Any:
     except UnsupportedModel as error:
         reason = str(error)
     _expressible[model] = False
-    warnings.warn(f"OpenRLHF's Actor makes its logits: {reason}", RuntimeWarning, stacklevel=2)
     if random is not None:  # the model may have run in vain, and drawn its dropout
         torch.set_rng_state(random[0])
         if random[1] is not None:
             torch.cuda.set_rng_state(random[1], sequences.device)
+    warnings.warn(f"OpenRLHF's Actor makes its logits: {reason}", RuntimeWarning, stacklevel=2)
     return None
 
 
@@ -458,7 +452,7 @@ def _later(kind: Any) -> type:
     )
 
 
-def _calls_of_forward() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def _calls_of_forward() -> Iterator[tuple[Any, ...]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.default_generator.manual_seed(0)  # of the CPU alone, which the caller puts back
@@ -476,8 +470,9 @@ def _calls_of_forward() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     sequences, attention_mask = torch.arange(14).view(2, 7), torch.ones(2, 7, dtype=torch.int64)
     attention_mask[0, :2] = 0
     action_mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
-    yield (actor, sequences, action_mask, attention_mask), {}
-    yield (actor, sequences, None, attention_mask), {"return_logprobs": True}
+    weights = list(actor.model.parameters())
+    yield (actor, sequences, action_mask, attention_mask), {}, weights
+    yield (actor, sequences, None, attention_mask), {"return_logprobs": True}, weights
 
 
 # ---- the host ----------------------------------------------------------------------------------

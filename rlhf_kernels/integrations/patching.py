@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Calls = Callable[[], Iterator[tuple[tuple[Any, ...], dict[str, Any]]]]
+Calls = Callable[[], Iterator[tuple[Any, ...]]]  # of (args, kwargs) or (args, kwargs, leaves)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Replacement:
         signature: ``str(inspect.signature(function))`` without annotations and quotes; of an
             autograd function that of its ``forward``.
         make: called as make(original, strict); returns the function that takes its place.
-        calls: arguments of small calls on the CPU on which the two have to agree, also in the
-            gradients of the tensors that require them.
+        calls: (args, kwargs) of small calls on the CPU on which the two have to agree, also in the
+            gradients of the tensors that require them, and of others in a third place.
         what: what is computed, for the report.
         also: other signatures that it serves, each with its calls.
     """
@@ -188,7 +188,6 @@ class Host:
             ModuleNotFoundError: the host is not installed.
             RuntimeError: it is patched already, with the other ``strict``.
         """
-        self._wait_for_imports()
         self._turn_on(strict, stacklevel=3)
 
     def unpatch(self) -> None:
@@ -196,8 +195,7 @@ class Host:
         patched nothing is done."""
         with _lock:
             for swap in reversed(self._swaps):
-                for holder, name in self._places(swap):
-                    setattr(holder, name, swap.original)
+                self._put_back(swap)
             for take_out in self._added.values():
                 take_out()
             self._swaps, self._added, self._blocks, self._on = [], {}, set(), False
@@ -207,12 +205,7 @@ class Host:
         """``patch`` for a ``with`` block; when the last of several is left, in whatever threads, it
         is as it was, patched or not."""
         block = object()
-        self._wait_for_imports()
-        with _lock:
-            was = self._on
-            self._turn_on(strict, stacklevel=4)
-            if not was or self._blocks:
-                self._blocks.add(block)
+        self._turn_on(strict, stacklevel=4, block=block)
         try:
             yield
         finally:
@@ -253,23 +246,15 @@ class Host:
         try:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
+            spec = None
+        with contextlib.suppress(ValueError):  # somebody's module without a spec
             spec = importlib.util.find_spec(self.package)
         in_a_folder = spec is not None and spec.origin is not None
         return "of an unknown version" if in_a_folder else None
 
     # ---- inside ---------------------------------------------------------------------------------
 
-    def _wait_for_imports(self) -> None:
-        """Of other threads, which have begun before our import hook: a module is patched whole.
-
-        Not with the lock, which our hook takes at the end of an import.
-        """
-        for name in sorted(self._modules()):
-            if _is_being_imported(sys.modules.get(name)):
-                with contextlib.suppress(Exception):  # the other thread's to handle
-                    importlib.import_module(name)
-
-    def _turn_on(self, strict: bool, stacklevel: int) -> None:
+    def _turn_on(self, strict: bool, stacklevel: int, block: object = None) -> None:
         version = self.version()
         if version is None:
             raise ModuleNotFoundError(f"{self.package} is not installed", name=self.package)
@@ -285,12 +270,22 @@ class Host:
                         stacklevel=stacklevel,
                     )
                 self._on, self._strict, self._refused = True, strict, {}
+                self._blocks = set() if block is None else {block}
                 _Finder.install()
             elif strict != self._strict:
                 raise RuntimeError(
                     f"strict: {self.package} is patched with strict={self._strict}; unpatch it "
                     "first"
                 )
+            elif block is not None and self._blocks:
+                self._blocks.add(block)
+        # Our hook sees what is imported from here on. What other threads are importing already is
+        # waited for, without the lock, which the hook takes at the end of an import.
+        for name in sorted(self._modules()):
+            if _is_being_imported(sys.modules.get(name)):
+                with contextlib.suppress(Exception):  # the other thread's to handle
+                    importlib.import_module(name)
+        with _lock:
             done = {swap.path for swap in self._swaps} | self._added.keys() | self._refused.keys()
             for name in sorted({item.module for item in self._items if item.path not in done}):
                 module = sys.modules.get(name)
@@ -349,10 +344,19 @@ class Host:
             return None
         ours = staticmethod(ours) if isinstance(original, staticmethod) else ours
         swap = _Swap(item.path, original, ours)
-        for holder, held in self._places(swap, of="original"):
-            setattr(holder, held, ours)
+        places = self._places(swap, of="original")
         self._swaps.append(swap)
+        try:
+            for holder, held in places:
+                setattr(holder, held, ours)
+        except Exception:
+            self._put_back(self._swaps.pop())
+            raise
         return None
+
+    def _put_back(self, swap: _Swap) -> None:
+        for holder, name in self._places(swap):
+            setattr(holder, name, swap.original)
 
     def _places(self, swap: _Swap, of: str = "ours") -> list[tuple[Any, str]]:
         """Where the host has ours, or the original: (module or class, attribute)."""
@@ -409,10 +413,15 @@ def _find(module: Any, name: str) -> Any:
 def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:
     """In what, on those calls; the random state of the caller stays what it was."""
     theirs, ours = getattr(theirs, "apply", theirs), getattr(ours, "apply", ours)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        for args, kwargs in calls():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        for args, kwargs, *leaves in calls():
+            given = (args, kwargs, leaves[0] if leaves else [])
             try:
-                results = [_with_gradients(function, args, kwargs) for function in (theirs, ours)]
+                results = [_with_gradients(function, *given) for function in (theirs, ours)]
             except Exception as error:
                 return f"raises {error!r}"
             if not _agree(*results):
@@ -420,9 +429,12 @@ def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:
     return None
 
 
-def _with_gradients(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The results, and the gradients of their sum in the arguments that require them."""
-    leaves: list[Tensor] = []
+def _with_gradients(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Tensor]
+) -> Any:
+    """The results, whether one requires gradients, and those of their sum, in the arguments that
+    require them and in ``leaves``."""
+    leaves = list(leaves)
 
     def fresh(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -437,8 +449,8 @@ def _with_gradients(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     outputs = result if isinstance(result, (tuple, list)) else [result]
     sums = [x.sum().float() for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     if not sums or not leaves:
-        return result, None
-    return result, torch.autograd.grad(torch.stack(sums).sum(), leaves, allow_unused=True)
+        return result, bool(sums)
+    return result, True, torch.autograd.grad(torch.stack(sums).sum(), leaves, allow_unused=True)
 
 
 # (relative, absolute): a host that computes in 16 bits rounds what cancels.
@@ -508,16 +520,17 @@ class _Loader(importlib.abc.Loader):
 
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
-        self.asking = threading.local()  # .others: another finder may ask all of them, as this does
+        self.asking = threading.local()  # .names: another finder may ask all of them, as this does
 
     def find_spec(
         self, name: str, path: Any = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if not any(host.waits_for(name) for host in _hosts):
             return None
-        if getattr(self.asking, "others", False):
+        names = vars(self.asking).setdefault("names", set())
+        if name in names:
             return None
-        self.asking.others = True
+        names.add(name)
         try:
             for finder in sys.meta_path:
                 find = getattr(finder, "find_spec", None)
@@ -527,7 +540,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                         spec.loader = _Loader(spec.loader)
                     return spec
         finally:
-            self.asking.others = False
+            names.remove(name)
         return None
 
     @classmethod

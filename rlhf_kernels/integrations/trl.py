@@ -39,7 +39,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -49,21 +48,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhf_kernels import checks, full_weight, token_logprob
 from rlhf_kernels.autograd import not_compiled, once_differentiable
-from rlhf_kernels.backend import select, why_not
+from rlhf_kernels.backend import select
 from rlhf_kernels.integrations import patching
 from rlhf_kernels.integrations.patching import Host, Replacement
+from rlhf_kernels.integrations.serving import has_kernels, in_torch_func
 from rlhf_kernels.linear_chunks import LOW, NOTHING_IGNORED, Rows
 from rlhf_kernels.linear_logprob import backward_sweep, forward_sweep
 
 IGNORED = -100  # no token is negative where ours are called
 LOOKED_AT = {"cpu": 1 << 21, "cuda": 1 << 25}  # logits whose statistics are made at a time
-
-
-def _runs(op: str, x: Tensor) -> bool:
-    """Compiled kernels run ``op`` on tensors like ``x``, and nothing else was asked for."""
-    names = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(x.device.type, ())
-    asked = os.environ.get("RLHF_KERNELS_BACKEND")
-    return any(asked in (None, "", name) and why_not(op, name) is None for name in names)
 
 
 def _can_look(x: Tensor) -> bool:
@@ -74,7 +67,7 @@ def _can_look(x: Tensor) -> bool:
 
 def _plain(*tensors: Any) -> bool:
     """Tensors that kernels can read: no DTensor, nothing that torch.func's transforms wrap."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+    if in_torch_func():
         return False
     kinds = (Tensor, nn.Parameter, FakeTensor)
     return all(type(x) in kinds for x in tensors)
@@ -215,7 +208,7 @@ def _serves_head(hidden: Any, weight: Any, bias: Any, tokens: Any, numbers: Sequ
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
-    if not all(map(_positive, numbers)) or not _runs("linear_logprob", hidden):
+    if not all(map(_positive, numbers)) or not has_kernels("linear_logprob", hidden.device.type):
         return False
     return not _can_look(tokens) or not bool(((tokens < 0) | (tokens >= weight.shape[0])).any())
 
@@ -315,7 +308,7 @@ def _serves_logits(logits: Any, own_kernels: bool, strict: bool, least_dim: int 
         and logits.dim() >= least_dim
         and logits.shape[-1] > 0
         and (logits.stride(-1) == 1 or logits.shape[-1] == 1)
-        and _runs("token_logprob", logits)
+        and has_kernels("token_logprob", logits.device.type)
     )
 
 
@@ -367,8 +360,8 @@ def _score(
         if entropy is None:
             return None
 
-    def finished(x: Tensor) -> Tensor:
-        x = x.to(_result_dtype(logits))
+    def finished(x: Tensor) -> Tensor:  # a copy: the backward reads the entropy
+        x = x.to(_result_dtype(logits), copy=True)
         return x if row_mask is None else x.masked_fill(row_mask == 0, 0.0)
 
     return finished(logprob), None if entropy is None else finished(entropy)
@@ -426,7 +419,8 @@ def _entropy_from_logits(original: Callable[..., Tensor], strict: bool) -> Calla
         checked = _nan_where_banned(entropy, rows, 1.0) if strict else entropy
         if checked is None:
             return original(logits, chunk_size)
-        return checked.to(_result_dtype(logits)).view(logits.shape[:-1])
+        # A copy, which may be written to: the backward reads the entropy.
+        return checked.to(_result_dtype(logits), copy=True).view(logits.shape[:-1])
 
     return ours
 

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import functools
 import math
-import os
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -43,12 +43,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import AGGREGATIONS
 from rlhf_kernels.gae import gae
 from rlhf_kernels.integrations import patching
 from rlhf_kernels.integrations.patching import Addition, Host, Replacement
+from rlhf_kernels.integrations.serving import has_kernels, in_torch_func
 from rlhf_kernels.kl_estimate import kl_estimate
 from rlhf_kernels.linear_chunks import NOTHING_IGNORED
 from rlhf_kernels.linear_logprob import linear_logprob
@@ -71,12 +71,9 @@ def _serves(op: str, *tensors: Any) -> bool:
     """Plain floating tensors of one device that has kernels for ``op``."""
     if not all(type(x) in (Tensor, nn.Parameter) and x.dtype in checks.DTYPES for x in tensors):
         return False
-    devices = {x.device for x in tensors}
-    kind = tensors[0].device.type
-    backends: tuple[str, ...] = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(kind, ())
-    if asked := os.environ.get("RLHF_KERNELS_BACKEND"):
-        backends = tuple(name for name in backends if name == asked)
-    return len(devices) == 1 and any(_backend.why_not(op, name) is None for name in backends)
+    if in_torch_func() or any(x.device != tensors[0].device for x in tensors):
+        return False
+    return has_kernels(op, tensors[0].device.type)
 
 
 def _serves_rows(logits: Any) -> bool:
@@ -131,11 +128,11 @@ def _fused_linear(original: Any, strict: bool) -> Any:
 
     What autocast would cast is left to the host, whose backward recomputes without it.
     """
-    torch_backend = original.__globals__
+    module = sys.modules[original.__module__]
 
     @functools.wraps(original)
     def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
-        liger = torch_backend.get("_LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY")
+        liger = getattr(module, "_LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY", None)
         ids = input_ids.to(torch.int64) if isinstance(input_ids, Tensor) else input_ids
         if (
             (self.impl_backend != "torch" and liger is not None)

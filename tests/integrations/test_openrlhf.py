@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib.util
 import inspect
@@ -992,6 +993,55 @@ def test_an_unknown_version_is_replaced_where_both_agree(monkeypatch):
     assert [e.path for e in adapter.report() if e.status == "replaced"] == [
         r.path for r in HOST.replacements
     ]
+
+
+def test_an_unknown_version_without_gradients_keeps_its_actor(monkeypatch):
+    forward = Actor.forward
+
+    @functools.wraps(forward)
+    def detached(*args, **kwargs):
+        with torch.no_grad():
+            return forward(*args, **kwargs)
+
+    monkeypatch.setattr(Actor, "forward", detached)
+    monkeypatch.setattr(HOST, "tested", ((0, 1),))
+    with pytest.warns(RuntimeWarning, match="not among the versions"), adapter.patched():
+        assert Actor.forward is detached
+        (entry,) = [e for e in adapter.report() if e.path.endswith("Actor.forward")]
+        assert "gives something else" in entry.reason
+
+
+def test_transforms_of_torch_func_are_the_hosts():
+    logits, labels = torch.randn(2, 5, 40), torch.randint(40, (2, 5))
+    base = torch.randn(2, 5)
+
+    def gradients():
+        return [
+            torch.func.grad(lambda x: models_utils.log_probs_from_logits(x, labels).sum())(logits),
+            torch.func.grad(
+                lambda x: models_utils.compute_approx_kl(x, base, kl_estimator="k3").sum()
+            )(base * 0.5),
+        ]
+
+    want = gradients()
+    with adapter.patched():
+        got = gradients()
+    torch.testing.assert_close(got, want)
+
+
+def test_actor_of_a_model_that_knows_no_cache(served):
+    actor, given = make_actor(), batch()
+
+    class Narrow(type(actor.model)):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, return_dict=None):
+            return super().forward(input_ids, attention_mask, position_ids)
+
+    want = actor(*given)
+    actor.model.__class__ = Narrow
+    torch.testing.assert_close(actor(*given), want)
+    with adapter.patched():
+        torch.testing.assert_close(actor(*given), want, atol=2e-5, rtol=1e-5)
+    assert served
 
 
 def test_patch_before_the_import():

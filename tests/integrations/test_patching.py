@@ -241,7 +241,7 @@ def test_an_unknown_version_is_verified_on_small_calls(host, monkeypatch, agrees
         monkeypatch.setattr(core, "double", DIFFERENT[agrees])
     monkeypatch.setattr(host, "version", lambda: "1.3.0")
     told = pytest.warns(RuntimeWarning, match=r"fakehost 1\.3\.0 is not among .* with \(1\.2\)")
-    with told, torch.no_grad():  # which the calls are not
+    with told, torch.no_grad(), torch.inference_mode():  # which the calls are not
         host.patch()
     (double,) = [entry for entry in host.report() if entry.path.endswith("double")]
     if agrees is True:
@@ -357,6 +357,29 @@ def test_a_module_that_is_loaded_again_is_patched_again(host):
         assert not hasattr(getattr(module, name), "seen")
 
 
+def test_a_replacement_that_fails_halfway_is_put_back(host):
+    class Stubborn(types.ModuleType):
+        def __setattr__(self, name, value):
+            raise AttributeError("read only")
+
+    core = load("core")
+    original = core.double
+    stubborn = sys.modules["fakehost.stubborn"] = Stubborn("fakehost.stubborn")
+    vars(stubborn)["double"] = original
+    host.patch()
+    assert core.double is original and vars(stubborn)["double"] is original
+    (entry,) = [e for e in host.report() if e.path == "fakehost.core:double"]
+    assert entry.status == "left alone" and "read only" in entry.reason
+
+
+def test_a_module_without_a_spec_is_no_host(host, tmp_path):
+    (tmp_path / "fakehost-1.2.3.dist-info" / "METADATA").unlink()
+    (tmp_path / "fakehost-1.2.3.dist-info").rmdir()
+    importlib.invalidate_caches()
+    sys.modules["fakehost"] = types.ModuleType("fakehost")
+    assert host.version() is None and "is not installed" in str(host.report())
+
+
 def test_unpatch_after_a_module_is_gone(host):
     load("core")
     host.patch()
@@ -406,6 +429,24 @@ def test_patch_waits_for_another_thread_that_imports(host, tmp_path):
     assert hasattr(load("core").double, "seen") and list(load("core").REGISTRY) == ["ours"]
 
 
+def test_what_is_imported_while_a_patch_waits_is_replaced(host, tmp_path, monkeypatch):
+    slow = "import time\ntime.sleep(0.3)\n"
+    core = tmp_path / "fakehost" / "core.py"
+    core.write_text(slow + core.read_text())
+    (tmp_path / "fakehost" / "a.py").write_text(slow + "def double(x, factor=2.0): return x")
+    (tmp_path / "fakehost" / "z.py").write_text(slow + "def double(x, factor=2.0): return x")
+    more = [dataclasses.replace(host.replacements[0], path=f"fakehost.{m}:double") for m in "az"]
+    monkeypatch.setattr(host, "replacements", [*host.replacements, *more])
+    names = ["core", "a", "z"]
+    thread = threading.Thread(target=lambda: [load(name) for name in names])
+    thread.start()
+    while "fakehost.core" not in sys.modules:
+        pass
+    host.patch()
+    thread.join()
+    assert all(hasattr(load(name).double, "seen") for name in names)
+
+
 def test_a_patch_in_the_middle_of_an_import_can_be_finished(host, tmp_path, monkeypatch):
     core = tmp_path / "fakehost" / "core.py"
     core.write_text("import patch_now\n" + core.read_text())
@@ -419,6 +460,22 @@ def test_a_patch_in_the_middle_of_an_import_can_be_finished(host, tmp_path, monk
     assert host.report()[0].status == "waiting"
     host.patch()
     assert host.report()[0].status == "replaced" and hasattr(load("core").double, "seen")
+
+
+def test_a_finder_that_imports_another_module_of_the_host(host, tmp_path):
+    class Other(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name == "fakehost.user" and "fakehost.core" not in sys.modules:
+                load("core")
+            return None
+
+    user = dataclasses.replace(host.replacements[0], path="fakehost.user:twice")
+    host.replacements = (*host.replacements, user)
+    host.patch()
+    sys.meta_path.append(Other())
+    sys.meta_path.insert(1, sys.meta_path.pop())
+    load("user")
+    assert hasattr(load("core").double, "seen")
 
 
 def test_another_finder_that_asks_all_the_others(host):

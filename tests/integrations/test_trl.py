@@ -575,6 +575,21 @@ def test_logits_that_are_a_dtensor_are_the_hosts(patched, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_entropies_may_be_written_to(patched):
+    """As TRL's: the backward does not read them."""
+    logits, index = torch.randn(2, 3, 11), torch.randint(11, (2, 3))
+    functions = {"entropy_from_logits": lambda f: lambda x: f(x)}
+    if not OLD:
+        functions["selective_log_softmax_and_entropy"] = lambda f: lambda x: f(x, index)[1]
+    for name, of in functions.items():
+        ours, grads = getattr(utils, name), []
+        for function in (of(ours), of(ours.__wrapped__)):
+            leaf = logits.clone().requires_grad_()
+            function(leaf).mul_(2).sum().backward()
+            grads.append(leaf.grad)
+        torch.testing.assert_close(*grads)
+
+
 def test_the_head_is_pickled_by_name(patched):
     ours = utils._ChunkedLogProbFunction
     assert ours is not HEAD and pickle.loads(pickle.dumps(ours)) is ours

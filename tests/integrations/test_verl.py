@@ -250,6 +250,34 @@ def test_entropies_may_be_written_to(monkeypatch, forwards):
     torch.testing.assert_close(x.grad, grads[0])
 
 
+def test_transforms_of_torch_func_are_verls(monkeypatch):
+    logits, labels = random(3, 4, 9), torch.arange(12).view(3, 4) % 9
+    cases = {"entropy_from_logits": (), "logprobs_from_logits_v2": (labels,)}
+    for name, rest in cases.items():
+        host, ours = pair(monkeypatch, functional, name)
+        for function in (host, ours):
+            mapped = torch.func.vmap(function)(logits, *rest)
+            torch.testing.assert_close(mapped, host(logits, *rest))
+        grads = [
+            torch.func.grad(lambda x, f=f, rest=rest: f(x, *rest).sum())(logits)
+            for f in (host, ours)
+        ]
+        torch.testing.assert_close(*grads)
+
+
+def test_engines_may_compile_a_head_that_is_made_inside():
+    hidden, weight, labels = head((5,), torch.float32)
+
+    def score(hidden, weight):
+        return fused.FusedLinearForPPO()(hidden, weight, labels)
+
+    with adapter.patched(), torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+        for got, want in zip(compiled(hidden, weight), score(hidden, weight), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_engines_may_compile_the_entropy(monkeypatch):
     host, ours = pair(monkeypatch, functional, "entropy_from_logits")
     torch._dynamo.reset()
