@@ -48,8 +48,9 @@ def test_zero3_empty_lm_head(tmp_path):
     finally:
         for process in ranks:
             process.kill()
-    logs = "\n".join((tmp_path / f"rank-{rank}").read_text() for rank in range(RANKS))
-    assert statuses == [0] * RANKS and logs.count("every case passed") == RANKS, logs[-6000:]
+    logs = [(tmp_path / f"rank-{rank}").read_text() for rank in range(RANKS)]
+    ends = "\n".join(log[-3000:] for log in logs)
+    assert statuses == [0] * RANKS and all("every case passed" in log for log in logs), ends
 
 
 def make(tied: bool):
@@ -122,8 +123,9 @@ def check(case, tied: bool, rank: int) -> None:
             torch.testing.assert_close(gradient, summed * parameter.grad, rtol=1e-4, atol=1e-5)
         engine.step()
         assert all(p.numel() == 0 for p in own.values())  # nothing is left of what was gathered
-        with deepspeed.zero.GatheredParameters(list(own.values())), torch.no_grad():
-            for name, parameter in whole.named_parameters():
+        # One by one: of several, DeepSpeed 0.19.6 waits only for the last, and gloo keeps no order.
+        for name, parameter in whole.named_parameters():
+            with deepspeed.zero.GatheredParameters([own[name]]), torch.no_grad():
                 assert own[name].grad is None and not torch.equal(parameter, own[name])
                 parameter.copy_(own[name])
     engine.destroy()
