@@ -97,6 +97,8 @@ def steps(table: SideBySide, dtype: torch.dtype) -> None:
     table.measure("PPO step, 1024 tokens", dtype, ppo)
     table.measure("PPO step with entropy, 1024 tokens", dtype, lambda: ppo(True))
     table.measure("SFT step, 1024 tokens", dtype, sft)
+    actor.packing_samples, actor.model.config.use_cache = True, False
+    table.measure("PPO step, packed samples, 1024 tokens", dtype, ppo)
 
 
 def main() -> None:

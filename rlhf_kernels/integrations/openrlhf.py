@@ -5,10 +5,10 @@
 Replaced:
 
 - ``Actor.forward``, where it gives log-probs (PPO, SFT, DPO, the reference model): from the hidden
-  states, without logits. Only positions that are returned reach the head. With ``return_output``
-  the output makes its logits when somebody looks at them, which the trainers do not. With packed
-  samples, ring attention, images, or a head that is no plain linear layer (LoRA on it, quantised)
-  it is the original; of a head it warns.
+  states, without logits. Only positions that are returned reach the head (with ring attention all
+  of a rank's). With ``return_output`` the output makes its logits when somebody looks at them,
+  which the trainers do not. With images, or a head that is no plain linear layer (LoRA on it,
+  quantised), it is the original; of a head it warns.
 - ``log_probs_from_logits`` and ``compute_entropy``, which the original ``Actor.forward`` calls.
 - ``compute_approx_kl`` for k3, whose small values the host loses to cancellation. For k1 and k2,
   and with ``unbiased_gradient``, it is the original, which is as fast.
@@ -34,7 +34,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -248,15 +248,17 @@ def _forward(original: Any, strict: bool) -> Any:
         if (
             (action_mask is not None or return_logprobs)
             and (return_output or not return_entropy)
-            and ring_attn_group is None
             and not mm_inputs
             and _is_plain(self)
             and _is_batch(sequences, attention_mask, action_mask)
         ):
-            wanted = return_output, return_entropy
-            result = _serve(self, sequences, action_mask, attention_mask, *wanted, strict)
-            if result is not None:
-                return result
+            packing = _packing(original, ring_attn_group) if self.packing_samples else None
+            if packing is not None or not self.packing_samples:
+                batch = sequences, action_mask, attention_mask
+                wanted = return_output, return_entropy
+                result = _serve(self, *batch, *wanted, packing, strict)
+                if result is not None:
+                    return result
         return original(
             self,
             sequences,
@@ -274,6 +276,73 @@ def _forward(original: Any, strict: bool) -> Any:
     return forward
 
 
+class _Packing(NamedTuple):
+    """The host's own functions, which put the rows of a batch behind one another and apart."""
+
+    pack: Callable[..., Any]
+    unpack: Callable[..., Tensor]
+    group: Any  # of ring attention, where a rank has a slice of what is packed; or None
+
+
+def _packing(original: Any, group: Any) -> _Packing | None:
+    known = getattr(inspect.unwrap(original), "__globals__", {})
+    pack, unpack = known.get("unpad_and_slice_tensor"), known.get("gather_and_pad_tensor")
+    return _Packing(pack, unpack, group) if pack and unpack else None
+
+
+class _Layout(NamedTuple):
+    """What the model is given, what is scored there, and where the results go."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    scored: slice  # positions
+    tokens: Tensor  # that are scored there
+    ignore_index: int
+    place: Callable[[Tensor], Tensor]  # results of those, to (rows, positions)
+
+
+def _padded(
+    sequences: Tensor, attention_mask: Tensor, actions: Tensor | None, strict: bool
+) -> _Layout:
+    position_ids = attention_mask.long().cumsum(-1) - 1
+    position_ids = torch.where(attention_mask == 0, 1, position_ids)
+    ignore_index = NOTHING_IGNORED if strict else IGNORED
+    last = sequences.shape[1] - 1
+    scored = slice(0 if actions is None else last - actions.shape[1], last)
+    tokens = sequences[:, 1:][:, scored]
+    if actions is not None and not strict:
+        tokens = tokens.masked_fill(actions == 0, IGNORED)
+    model_inputs = sequences, attention_mask, position_ids
+    return _Layout(*model_inputs, scored, tokens, ignore_index, lambda x: x)
+
+
+def _packed(
+    sequences: Tensor,
+    attention_mask: Tensor,
+    actions: Tensor | None,
+    strict: bool,
+    packing: _Packing,
+) -> _Layout:
+    pack, unpack, group = packing
+    packed, position_ids, tokens, extra, indices = pack(sequences, attention_mask, group)
+    ignore_index = NOTHING_IGNORED if strict else IGNORED
+    if group is None:  # then all indices are of this rank
+        wanted = torch.zeros_like(sequences, dtype=torch.bool)
+        if actions is None:
+            wanted[:, :-1] = True
+        else:
+            wanted[:, -1 - actions.shape[1] : -1] = True if strict else actions != 0
+        # No token of the batch is this one: the model's embedding knows them all.
+        ignore_index = IGNORED
+        tokens = torch.where(wanted.flatten()[indices], tokens, ignore_index)
+
+    def place(x: Tensor) -> Tensor:
+        return unpack(x, group, extra, indices, *sequences.shape)[:, :-1]
+
+    return _Layout(packed, None, position_ids, slice(None), tokens, ignore_index, place)
+
+
 @torch.compiler.disable  # what runs the model below is not compiled as a whole either
 def _serve(
     actor: Any,
@@ -282,52 +351,51 @@ def _serve(
     attention_mask: Tensor,
     return_output: bool,
     return_entropy: bool,
+    packing: _Packing | None,
     strict: bool,
 ) -> Any:
     """What ``forward`` returns, or None: the original has to."""
-    # The host gives none: None is as the configuration says. Without the output nobody sees it.
+    # The host gives none: None is as the configuration says. Without the output nobody sees it,
+    # but models only keep packed rows apart where there is no cache.
     takes = inspect.signature(actor.model.forward).parameters
-    more = {}
+    more: dict[str, Any] = {}
     if "use_cache" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        more["use_cache"] = None if return_output else False
-    ran = _run(actor.model, sequences, attention_mask, **more)
+        more["use_cache"] = None if return_output or packing is not None else False
+    actions = None if return_entropy else action_mask  # the entropy is that of all positions
+    given = sequences, attention_mask, actions, strict
+    layout = _padded(*given) if packing is None else _packed(*given, packing)
+    ran = _run(actor.model, *layout[:3], **more)
     if ran is None:
         return None
-    tokens, hidden = sequences[:, 1:], ran.hidden[:, :-1]
-    if action_mask is not None and not return_entropy:  # which is that of all positions
-        actions = slice(tokens.shape[1] - action_mask.shape[1], None)
-        tokens, hidden = tokens[:, actions], hidden[:, actions]
-        if not strict:
-            tokens = tokens.masked_fill(action_mask == 0, IGNORED)
     options = ran.head._asdict() | {
         "temperature": actor.temperature,
-        "ignore_index": NOTHING_IGNORED if strict else IGNORED,
+        "ignore_index": layout.ignore_index,
         "with_entropy": return_entropy,
     }
     try:
         with ran.autocast:
-            result = linear_logprob(hidden, tokens=tokens, **options)
+            result = linear_logprob(ran.hidden[:, layout.scored], tokens=layout.tokens, **options)
     except IndexError:  # the embedding has more tokens than the head
         return None
     logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
     if strict and entropy is not None and ran.head.bias is not None:
         banned = full_weight(ran.head.bias).detach().isneginf().any()
         entropy = entropy * torch.where(banned, math.nan, 1.0)  # the host's 0 * -inf
-    logprob = logprob.float()
+    logprob = layout.place(logprob.float())
     if action_mask is not None:
         logprob = logprob[:, -action_mask.shape[1] :] * action_mask.float()
     if not return_output:
         return logprob
     _make_logits_later(ran, actor.temperature)
-    if entropy is not None:
-        ran.output.entropy = entropy.to(torch.float32, copy=True)  # the backward reads its own
+    if entropy is not None:  # the backward reads its own
+        ran.output.entropy = layout.place(entropy.to(torch.float32, copy=True))
     return logprob, ran.output
 
 
 def _is_plain(actor: Any) -> bool:
     temperature = actor.temperature
     return (
-        not getattr(actor, "packing_samples", True)  # where there is none the host raises
+        hasattr(actor, "packing_samples")  # where there is none the host raises
         and not getattr(actor, "is_vlm", False)
         and type(temperature) in (int, float)
         and 1e-30 < temperature < 1e30
@@ -353,14 +421,15 @@ def _is_batch(sequences: Any, attention_mask: Any, action_mask: Any) -> bool:
 _expressible: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def _run(model: Any, sequences: Tensor, mask: Tensor, **more: Any) -> Any:
+def _run(
+    model: Any, sequences: Tensor, mask: Tensor | None, position_ids: Tensor, **more: Any
+) -> Any:
     """The model's ``HiddenOutput``, or None: what its head does cannot be expressed."""
     from rlhf_kernels.integrations.transformers import UnsupportedModel, hidden_output
 
     known = _expressible.get(model)
     if known is False:
         return None
-    position_ids = torch.where(mask == 0, 1, mask.long().cumsum(-1) - 1)
     random = None if known else _random_states(sequences)
     reason = "its hidden states are not those of the tokens"
     try:
@@ -464,15 +533,15 @@ def _calls_of_forward() -> Iterator[tuple[Any, ...]]:
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    actor = types.SimpleNamespace(
-        model=LlamaForCausalLM(config), temperature=0.7, packing_samples=False
-    )
+    model = LlamaForCausalLM(config)
     sequences, attention_mask = torch.arange(14).view(2, 7), torch.ones(2, 7, dtype=torch.int64)
     attention_mask[0, :2] = 0
     action_mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
-    weights = list(actor.model.parameters())
-    yield (actor, sequences, action_mask, attention_mask), {}, weights
-    yield (actor, sequences, None, attention_mask), {"return_logprobs": True}, weights
+    weights = list(model.parameters())
+    for packing in (False, True):
+        actor = types.SimpleNamespace(model=model, temperature=0.7, packing_samples=packing)
+        yield (actor, sequences, action_mask, attention_mask), {}, weights
+        yield (actor, sequences, None, attention_mask), {"return_logprobs": True}, weights
 
 
 # ---- the host ----------------------------------------------------------------------------------

@@ -433,9 +433,11 @@ def language_model(family="llama", seed=0, **changes):
     return model
 
 
-def make_actor(family="llama", temperature=1.0, dtype=torch.float32, seed=0, **changes):
+def make_actor(
+    family="llama", temperature=1.0, dtype=torch.float32, seed=0, packing=False, **changes
+):
     actor = Actor(language_model(family, seed, **changes).to(dtype), temperature=temperature)
-    actor.packing_samples = False
+    actor.packing_samples = packing
     return actor
 
 
@@ -478,6 +480,7 @@ CALLS = {
     "mask of booleans": lambda s, m, a: ((s, m.bool(), a.bool()), {"packed_seq_lens": [3]}),
     "mask of floats": lambda s, m, a: ((s, m * 0.5, a), {"allgather_logits": True}),
     "all actions": lambda s, m, a: ((s, a[:, 1:], a), {}),
+    "actions of nobody": lambda s, m, a: ((s, 0 * m, a), {}),
     "all log-probs": lambda s, m, a: ((s, None, a), {"return_logprobs": True}),
     "actions, though all are asked for": lambda s, m, a: ((s, m, a), {"return_logprobs": True}),
     "all log-probs and output": lambda s, m, a: (
@@ -525,8 +528,9 @@ def assert_same_result(got, want, atol, rtol=1e-5):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("strict", [True, False])
-def test_actor(call, temperature, strict, served):
-    actor, given = make_actor(temperature=temperature), batch()
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor(call, temperature, strict, packing, served):
+    actor, given = make_actor(temperature=temperature, packing=packing), batch()
     args, kwargs = CALLS[call](*given)
     want = actor(*args, **kwargs)
     host_gradients = gradients(actor, want)
@@ -539,14 +543,16 @@ def test_actor(call, temperature, strict, served):
     assert ours.keys() == host_gradients.keys()
     for name, gradient in host_gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
-    if call == "actions":
+    if call == "actions" and not packing:
         assert served == [(3, 4)]  # the prompt does not reach the head
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("call", ["actions", "all of it"])
-def test_actor_of_other_dtypes(call, dtype, served):
-    actor, given = make_actor(temperature=0.6, dtype=dtype), batch(8, 30, 20, left=0)
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor_of_other_dtypes(call, dtype, packing, served):
+    actor = make_actor(temperature=0.6, dtype=dtype, packing=packing)
+    given = batch(8, 30, 20, left=0)
     exact = copy.deepcopy(actor).double()
     args, kwargs = CALLS[call](*given)
 
@@ -574,8 +580,9 @@ def test_actor_of_other_dtypes(call, dtype, served):
         ("mixtral", {"num_local_experts": 2, "output_router_logits": True}),
     ],
 )
-def test_actor_of_other_families(family, changes, served):
-    actor, given = make_actor(family, temperature=0.8, **changes), batch()
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor_of_other_families(family, changes, packing, served):
+    actor, given = make_actor(family, temperature=0.8, packing=packing, **changes), batch()
     actor.eval()
     args, kwargs = CALLS["all of it"](*given)
     want = actor(*args, **kwargs)
@@ -611,9 +618,10 @@ def looked_at():
 @pytest.mark.parametrize(
     "how, look", list(looked_at()), ids=lambda x: x if isinstance(x, str) else ""
 )
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logits_are_there_when_looked_at(how, look, temperature):
-    actor, (sequences, mask, attention) = make_actor(temperature=temperature), batch()
+@pytest.mark.parametrize("temperature, packing", [(1.0, False), (0.6, False), (0.6, True)])
+def test_logits_are_there_when_looked_at(how, look, temperature, packing):
+    actor = make_actor(temperature=temperature, packing=packing)
+    sequences, mask, attention = batch()
     with adapter.patched():
         _, output = actor(sequences, mask, attention, return_output=True)
     _, own = actor(sequences, mask, attention, return_output=True)
@@ -699,10 +707,6 @@ def without_packing_samples(actor):
     del actor.packing_samples
 
 
-def with_packed_samples(actor):
-    actor.packing_samples = True
-
-
 def with_a_head_of_its_own(actor):
     actor.model.lm_head.__class__ = Shifted
 
@@ -726,7 +730,6 @@ def with_images(actor):
     [
         of_no_transformers,
         without_packing_samples,
-        with_packed_samples,
         with_a_head_of_its_own,
         with_lora_on_the_head,
         with_a_temperature_that_is_a_tensor,
@@ -760,13 +763,13 @@ def test_actor_that_is_the_original(change, served):
         lambda s, m, a: ((s.int(), m, a), {}),
         lambda s, m, a: ((s, m, a), {"return_entropy": True}),
         lambda s, m, a: ((s, None, a), {}),
-        lambda s, m, a: ((s, m, a), {"ring_attn_group": "a group"}),
         lambda s, m, a: ((s + V, m, a), {}),
         lambda s, m, a: ((s, m, a), {"output_attentions": True}),
     ],
 )
-def test_actor_calls_that_are_the_original(change, served):
-    actor = make_actor()
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor_calls_that_are_the_original(change, packing, served):
+    actor = make_actor(packing=packing)
     args, kwargs = change(*batch())
     want = outcome(actor, *args, **kwargs)
     with adapter.patched():
@@ -776,6 +779,23 @@ def test_actor_calls_that_are_the_original(change, served):
         assert got == want
     else:
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+def test_a_group_says_nothing_where_nothing_is_packed(served):
+    actor, given = make_actor(), batch()
+    want = actor(*given, ring_attn_group="a group")
+    with adapter.patched():
+        torch.testing.assert_close(actor(*given, ring_attn_group="a group"), want)
+    assert served
+
+
+def test_packing_that_is_not_known_is_the_original(served, monkeypatch):
+    actor, given = make_actor(packing=True), batch()
+    monkeypatch.delattr(actor_module, "gather_and_pad_tensor")
+    want = outcome(actor, *given)
+    with adapter.patched():
+        assert outcome(actor, *given) == want
+    assert not served and want.startswith("NameError")
 
 
 def test_a_head_that_cannot_be_expressed_is_tried_once(served, monkeypatch):
@@ -850,8 +870,9 @@ def test_entropies_may_be_written_to(served):
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
-def test_tokens_beyond_the_head_are_the_host_s_error():
-    actor, (sequences, mask, attention) = make_actor(), batch()
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_beyond_the_head_are_the_host_s_error(packing):
+    actor, (sequences, mask, attention) = make_actor(packing=packing), batch()
     actor.model.lm_head = nn.Linear(32, V - 1, bias=False)
     sequences[1, 6] = V - 1
     want = outcome(actor, sequences, mask, attention)
@@ -860,8 +881,9 @@ def test_tokens_beyond_the_head_are_the_host_s_error():
     assert want.startswith("RuntimeError")
 
 
-def test_actor_that_is_compiled(served):
-    actor, given = make_actor(temperature=0.6), batch()
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor_that_is_compiled(packing, served):
+    actor, given = make_actor(temperature=0.6, packing=packing), batch()
     want = actor(*given)
     with adapter.patched():
         got = torch.compile(actor, backend="eager")(*given)
@@ -880,10 +902,13 @@ def test_actor_with_dropout_draws_the_same(served):
     assert served
 
 
-def test_actor_keeps_nan_where_the_host_has_it(served):
-    actor, (sequences, mask, attention) = make_actor(), batch()
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor_keeps_nan_where_the_host_has_it(packing, served):
+    actor, (sequences, mask, attention) = make_actor(packing=packing), batch()
     with torch.no_grad():
-        actor.model.model.embed_tokens.weight[0] = torch.nan  # of the padding
+        if packing:  # there is no padding, but a masked action
+            sequences[2, -2] = 0
+        actor.model.model.embed_tokens.weight[0] = torch.nan
     want = actor(sequences, mask, attention)
     with adapter.patched():
         got = actor(sequences, mask, attention)
@@ -906,8 +931,9 @@ class Engine(nn.Module):
 
 
 @pytest.mark.parametrize("call", ["actions", "all of it"])
-def test_actor_of_an_engine_with_autocast(call, served):
-    actor, given = make_actor(temperature=0.6), batch(8, 30, 20, left=0)
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor_of_an_engine_with_autocast(call, packing, served):
+    actor, given = make_actor(temperature=0.6, packing=packing), batch(8, 30, 20, left=0)
     args, kwargs = CALLS[call](*given)
     exact = actor(*args, **kwargs)
     actor.model = Engine(actor.model)
@@ -927,7 +953,66 @@ def test_actor_of_an_engine_with_autocast(call, served):
     assert_close_to_truth(got, want, exact, atol=1e-4)
 
 
-def test_actor_makes_no_logits(served):
+RING = """
+import os, sys
+import torch
+import openrlhf_stubs
+
+rank = int(os.environ["RANK"])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2
+)
+from torch.distributed.nn import all_gather
+
+openrlhf_stubs.FACES["flash_attn.utils.distributed"]["all_gather"] = (
+    lambda x, group: torch.cat(all_gather(x.contiguous(), group))
+)
+import test_openrlhf as tests
+from openrlhf.models import ring_attn_utils
+
+ring_attn_utils.update_ring_attn_params = lambda cu_seqlens: None  # each rank sees its own slice
+tests.actor_module.compute_entropy = tests.plain(tests.actor_module.compute_entropy)
+group = {"ring_attn_group": torch.distributed.group.WORLD}
+for length in (9, 10):  # 23 tokens, which are padded, and 26
+    for name, call in tests.CALLS.items():
+        actor = tests.make_actor(temperature=0.6, packing=True)
+        args, kwargs = call(*tests.batch(length=length))
+        want = actor(*args, **kwargs, **group)
+        own = tests.gradients(actor, want)
+        with tests.adapter.patched():
+            tests.adapter.token_logprob = None  # the kernels of logits are not called
+            got = actor(*args, **kwargs, **group)
+            tests.assert_same_result(got, want, atol=2e-5)
+            ours = tests.gradients(actor, got)
+        for n, gradient in own.items():
+            torch.testing.assert_close(ours[n], gradient, rtol=1e-4, atol=1e-4, msg=n)
+        if isinstance(want, tuple):
+            torch.testing.assert_close(got[1].logits, want[1].logits)
+print("every case passed")
+"""
+
+
+def test_actor_with_ring_attention(tmp_path):
+    """Each rank has the head of a slice. The attention itself is not here: it wants GPUs."""
+    (tmp_path / "process.py").write_text(RING)
+    ranks = []
+    for rank in range(2):
+        command = [sys.executable, str(tmp_path / "process.py"), str(tmp_path / "meeting")]
+        with (tmp_path / f"rank-{rank}").open("w") as log:
+            more = environment(RANK=str(rank), OMP_NUM_THREADS="1")
+            ranks.append(subprocess.Popen(command, env=more, stdout=log, stderr=log))
+    try:
+        statuses = [process.wait(timeout=240) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    logs = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
+    ends = "\n".join(log[-3000:] for log in logs)
+    assert statuses == [0, 0] and all("every case passed" in log for log in logs), ends
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor_makes_no_logits(packing):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -940,12 +1025,17 @@ def test_actor_makes_no_logits(served):
                     self.size = max(self.size, x.numel())
             return out
 
-    actor, given = make_actor(), batch()
+    actor, given = make_actor(packing=packing), batch()
     with Largest() as host:
         actor(*given, return_output=True)
     with adapter.patched(), Largest() as ours:
         actor(*given, return_output=True)
-    assert host.size >= 3 * 9 * V and ours.size <= 3 * 4 * V
+    # Where samples are packed there is no padding to score: two actions less.
+    tokens, actions = (3 * 9 - 4, 3 * 4 - 2) if packing else (3 * 9, 3 * 4)
+    assert host.size >= tokens * V and ours.size <= actions * V
+    with adapter.patched(strict=False), Largest() as ours:
+        actor(*given)
+    assert ours.size <= 9 * V  # nor what the mask leaves out
 
 
 # --- the patch ------------------------------------------------------------------------------------
@@ -1211,7 +1301,8 @@ def run_ppo(folder, monkeypatch, estimator, kl, use_loss, packing=False):
         train=SimpleNamespace(**flags),
         actor=SimpleNamespace(entropy_coef=0.01, aux_loss_coef=0),
     )
-    actor, reference = (actor_of(folder, temperature=0.9) for _ in range(2))
+    options = {"temperature": 0.9, "packing_samples": packing}
+    actor, reference = (actor_of(folder, **options) for _ in range(2))
     with torch.no_grad():
         reference.model.lm_head.weight.mul_(0.9)
     critic = nn.Linear(V, 1)
@@ -1277,21 +1368,25 @@ def run_ppo(folder, monkeypatch, estimator, kl, use_loss, packing=False):
 
 
 @pytest.mark.parametrize(
-    "estimator, kl, use_loss, operators",
+    "estimator, kl, use_loss, packing, operators",
     [
-        ("gae", "k1", False, ("linear_logprob", "gae")),
-        ("reinforce_baseline", "k3", True, ("linear_logprob", "gae", "kl_estimate")),
-        ("group_norm", "k2", True, ("linear_logprob", "gae")),
+        ("gae", "k1", False, False, ("linear_logprob", "gae")),
+        ("gae", "k1", False, True, ("linear_logprob", "gae")),
+        ("reinforce_baseline", "k3", True, False, ("linear_logprob", "gae", "kl_estimate")),
+        ("group_norm", "k2", True, False, ("linear_logprob", "gae")),
     ],
 )
-def test_ppo(saved_model, monkeypatch, spied, estimator, kl, use_loss, operators):
+def test_ppo(saved_model, monkeypatch, spied, estimator, kl, use_loss, packing, operators):
     assert_same_numbers(
-        lambda: run_ppo(saved_model, monkeypatch, estimator, kl, use_loss), spied(*operators)
+        lambda: run_ppo(saved_model, monkeypatch, estimator, kl, use_loss, packing),
+        spied(*operators),
     )
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [True, False])
-def test_sft(saved_model, spied, gradient_checkpointing):
+@pytest.mark.parametrize(
+    "gradient_checkpointing, packing", [(True, False), (False, False), (False, True)]
+)
+def test_sft(saved_model, spied, gradient_checkpointing, packing):
     def run():
         torch.manual_seed(0)
         samples = []
@@ -1308,9 +1403,9 @@ def test_sft(saved_model, spied, gradient_checkpointing):
             logger=SimpleNamespace(
                 wandb=SimpleNamespace(key=None), tensorboard_dir=None, logging_steps=1
             ),
-            ds=SimpleNamespace(packing_samples=False),
+            ds=SimpleNamespace(packing_samples=packing),
         )
-        actor = actor_of(saved_model)
+        actor = actor_of(saved_model, packing_samples=packing)
         if gradient_checkpointing:
             actor.gradient_checkpointing_enable()
         actor.model.global_steps = 0  # of DeepSpeed's engine
@@ -1345,10 +1440,11 @@ class Loader(list):
     sampler = None
 
 
-def test_dpo(saved_model, spied):
+@pytest.mark.parametrize("packing", [False, True])
+def test_dpo(saved_model, spied, packing):
     def run():
         torch.manual_seed(0)
-        policy, reference = actor_of(saved_model), actor_of(saved_model)
+        policy, reference = (actor_of(saved_model, packing_samples=packing) for _ in range(2))
         reference.requires_grad_(False)
         with torch.no_grad():
             reference.model.lm_head.weight.mul_(0.9)
@@ -1372,18 +1468,6 @@ def test_dpo(saved_model, spied):
         return [*rows, [digest(policy)]]
 
     assert_same_numbers(run, spied("linear_logprob"))
-
-
-def test_packed_samples_take_the_kernels_of_logits(spied, monkeypatch):
-    """They go to the original, which calls our functions of logits."""
-    actor, (sequences, mask, attention) = make_actor(temperature=0.7), batch()
-    actor.packing_samples = True
-
-    def run():
-        out = actor(sequences, mask, attention, return_output=True, return_entropy=True)
-        return [[float(x) for x in out[0].flatten()], [float(x) for x in out[1].entropy.flatten()]]
-
-    assert_same_numbers(run, spied("token_logprob"))
 
 
 # --- its own tests --------------------------------------------------------------------------------
