@@ -167,7 +167,7 @@ class _ShardSweep(Sweep):
         if with_entropy:
             energy = share * (shift + mine.log_sum - mine.entropy)
             sums.append(torch.where(share == 0, 0.0, energy).unsqueeze(-1))
-        if self.hidden.dtype in LOW:
+        if self.dtype in LOW:
             sums.append(torch.where(held, self.exact_target(part, local), 0.0))
         widths = [x.shape[1] for x in sums]
         reduced = torch.cat([x.double() for x in sums], -1)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_kernels import linear_chunks
 from rlhf_kernels.backend import INTERPRETING, why_not
 
 # Under Triton's interpreter (a process of its own, with small shapes) only that backend is tested.
@@ -57,6 +58,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]
         pytest.skip(reason[0])
 
 
+@pytest.fixture(params=["products of 16 bits", "products in float32"])
+def products(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 16 bits on CPUs with products of 16 bits and without them, whatever this one has."""
+    has_them = request.param == "products of 16 bits"
+    if not has_them and (device != "cpu" or INTERPRETING):
+        pytest.skip("this is about the kernels of CPUs")
+    monkeypatch.setattr(linear_chunks, "_cpu_multiplies", lambda dtype: has_them)
+
+
 @pytest.fixture
 def gpu_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[float], None]]:
     """``gpu_memory(gibibytes)`` skips unless the GPU has so much free.
@@ -77,6 +87,15 @@ def gpu_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[f
         yield need
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session", autouse=INTERPRETING)
+def _interpreted_heads_are_those_of_a_gpu():
+    """Whose products are of 16 bits, and whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_chunks, "_cpu_multiplies", lambda dtype: True)
+        patch.setattr(linear_chunks, "_cpu_takes_blocks", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=INTERPRETING)

@@ -47,6 +47,7 @@ def test_per_token_upstream_gradient(device, backend, chunk_tokens):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.usefixtures("products")
 def test_bf16_target_gradient(device, backend):
     """6. onehot - p cancels in bf16 where a target is likely. Liger 1329, TransformerEngine 3193"""
     hidden = torch.ones(1, 1, dtype=torch.bfloat16, device=device).requires_grad_()
@@ -58,6 +59,7 @@ def test_bf16_target_gradient(device, backend):
     assert hidden.grad.item() == pytest.approx(12 * rest, rel=2**-7)
 
 
+@pytest.mark.usefixtures("products")
 def test_weight_gradient_accumulates_in_float32(device, backend):
     """6. dW added up in bf16 stands still after some chunks. CCE 14, TransformerEngine 2325"""
     hidden = torch.ones(400, 8, dtype=torch.bfloat16, device=device)
@@ -126,6 +128,7 @@ def test_out_of_range_label(device, backend, value, monkeypatch):
         linear_token_loss(leaf, weight, tokens, lambda logprob, entropy: (logprob.sum(), None))
 
 
+@pytest.mark.usefixtures("products")
 def test_target_logit_precision(device, backend):
     """15. Target logit rounded to fp16: up to 0.008 nats. Liger FSLCE"""
     if backend == "reference":
@@ -224,6 +227,7 @@ def test_entropy_memory_spike():
     assert all(int(line) < 260 << 20 for line in result.stdout.split()), result.stdout
 
 
+@pytest.mark.usefixtures("products")
 def test_low_precision_log_softmax(device, backend):
     """20. bf16 in, bf16 softmax: the sums are float32. trl 7084, transformers 31267"""
     hidden = torch.zeros(2, 8, dtype=torch.bfloat16, device=device)

@@ -47,6 +47,7 @@ def test_chunks_change_nothing_but_roundings(device, backend, chunk_tokens):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("likely", [False, True], ids=["random targets", "likely targets"])
 def test_target_and_sum_are_refined(dtype, likely, device, backend):
@@ -71,6 +72,7 @@ def test_target_and_sum_are_refined(dtype, likely, device, backend):
     assert_close_to_truth(got, both, truth, 1e-6)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01, 1e-3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_refinement_is_no_worse_at_any_temperature(dtype, temperature, device, backend):
@@ -145,6 +147,7 @@ def test_same_bits_with_and_without_a_gradient(device, backend):
     assert torch.equal(old, new.detach()) and torch.equal(old, entropy.logprob.detach())
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_old_log_probs_come_from_the_chunks_of_the_new_ones(device, backend, dtype, monkeypatch):
     """The last bits of a matrix product depend on its rows: one plan with and without gradients."""
@@ -186,7 +189,7 @@ def test_autocast_leaves_float64_alone(device, backend):
     assert torch.equal(out, linear_logprob(hidden, weight, tokens, backend=backend))
 
 
-def test_memory_of_a_chunk():
+def test_memory_of_a_chunk(monkeypatch):
     """It follows the budget, but is never so small that the matrix products starve."""
     head = linear_chunks.Head(torch.empty(64000, 64), None, None, 1.0, 1.0, 0.0, -100)
     hidden = torch.empty(4096, 64)
@@ -198,6 +201,10 @@ def test_memory_of_a_chunk():
     large = head._replace(weight=torch.empty(1, 1).expand(10**7, 64))
     assert linear_chunks.tokens_of_chunk(hidden, large, None) == linear_chunks.LEAST_TOKENS
     assert linear_chunks.tokens_of_chunk(hidden[:7], head, None) == 7
+    low = head._replace(weight=head.weight.bfloat16())
+    for has_products, most in ((True, 768), (False, 456)):  # beside 16 MiB of dW in float32
+        monkeypatch.setattr(linear_chunks, "_cpu_multiplies", lambda dtype, has=has_products: has)
+        assert linear_chunks.tokens_of_chunk(hidden.bfloat16(), low, None) == most
 
 
 def test_bad_arguments_are_named(device, backend):
@@ -234,6 +241,7 @@ def test_bad_arguments_are_named(device, backend):
             call(tokens=wrong, chunk_tokens=4)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_watch_sees_every_chunk_of_logits_once(dtype, softcap, device, backend):
@@ -256,11 +264,46 @@ def test_a_watch_sees_every_chunk_of_logits_once(dtype, softcap, device, backend
     for x, plain in zip(got, forward_sweep(*args, backend), strict=True):
         assert torch.equal(x, plain)
     assert [len(x) for x in seen] == [3, 3, 1]
-    z = (hidden @ weight.t()).float() * 0.5
+    made = linear_chunks.products_dtype(hidden)
+    z = (hidden.to(made) @ weight.to(made).t()).float() * 0.5
     z = (softcap * torch.tanh(z / softcap) if softcap else z) / 0.7
     torch.testing.assert_close(torch.cat(seen), z)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+@pytest.mark.parametrize("options", [{}, {"with_entropy": True}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_of_blocks(dtype, options, chunk_tokens, device, backend, monkeypatch):
+    """On some CPUs, and for 16 bits in float32: the results are those of float32, rounded last."""
+    if backend != "cpu":
+        pytest.skip("this is about the products of CPUs")
+    monkeypatch.setattr(linear_chunks, "_cpu_multiplies", lambda dtype: False)
+    monkeypatch.setattr(linear_chunks, "BLOCK_ROWS", 64)  # 301 rows: five blocks
+    hidden, weight, tokens = inputs(9, dtype=dtype)
+    tokens[2] = -100
+    tensors = [hidden, weight, torch.linspace(-1, 1, len(weight)).to(dtype)]
+
+    def run(tensors, by_blocks):
+        monkeypatch.setattr(linear_chunks, "_cpu_takes_blocks", lambda: by_blocks)
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        args = {"bias": leaves[2], "chunk_tokens": chunk_tokens, "backend": backend, **options}
+        out = linear_logprob(*leaves[:2], tokens, **args)
+        logprob, entropy = out if options.get("with_entropy") else (out, out)
+        grads = torch.autograd.grad(logprob.sum() + (0.5 * entropy).sum(), leaves)
+
+        def loss_fn(logprob, entropy):
+            return logprob.sum() + (0.5 * (logprob if entropy is None else entropy)).sum(), None
+
+        loss, _ = linear_token_loss(*leaves[:2], tokens, loss_fn, **args)
+        return [logprob, entropy, loss, *grads, *torch.autograd.grad(loss, leaves)]
+
+    want = run([x.float() for x in tensors], False)
+    for x, y in zip(run(tensors, True), want, strict=True):
+        eps = 0 if x.dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(x.float(), y.float(), rtol=1e-5 + eps, atol=1e-5 + eps / 10)
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("chunk_tokens", [None, 2])
 def test_gradients_in_other_dtypes_are_rounded_once(chunk_tokens, device, backend):
     """Autocast: products of 16 bits for parameters of 32, whose gradients are not cut to 16."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -295,13 +296,15 @@ def run_rank(rank: int, world: int, store: str) -> None:
     begin = sum(SHARDS[world][:rank])
     own = slice(begin, begin + SHARDS[world][rank])
     failures = []
-    for name in cases():
-        for dtype in DTYPES:
-            for one_sweep in (False,) if name == "K tokens" else (False, True):
-                try:
-                    check_case(name, dtype, one_sweep, own)
-                except AssertionError as error:
-                    failures.append(str(error))
+    for name, dtype, has_products in itertools.product(cases(), DTYPES, (True, False)):
+        if not has_products and dtype not in linear_chunks.LOW:
+            continue
+        linear_chunks._cpu_multiplies = lambda dtype, has=has_products: has  # whatever this CPU has
+        for one_sweep in (False,) if name == "K tokens" else (False, True):
+            try:
+                check_case(name, dtype, one_sweep, own)
+            except AssertionError as error:
+                failures.append(str(error))
     check_errors(rank, world, own)
     check_the_rest(world, own)
     check_fsdp(rank)

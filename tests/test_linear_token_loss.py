@@ -48,6 +48,7 @@ def test_policy_loss_of_chunks_is_that_of_all_tokens(device, backend, chunk_toke
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_gradients_are_as_exact_as_those_of_the_logits(device, backend, dtype, entropy_coef):
@@ -73,6 +74,7 @@ def test_gradients_are_as_exact_as_those_of_the_logits(device, backend, dtype, e
         assert_close_to_truth(a, b, t, 1e-6)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("factor", [65536.0, 1 / 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_loss_scale_need_not_fit_the_dtype(device, backend, dtype, factor):
@@ -92,6 +94,7 @@ def test_loss_scale_need_not_fit_the_dtype(device, backend, dtype, factor):
         assert error < 2 * torch.finfo(dtype).eps + 1e-5
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("chunk_tokens", [None, 7])
 @pytest.mark.parametrize(
     "options", [{}, {"with_entropy": True}, {"softcap": 3.0}, {"bias": True}], ids=str
