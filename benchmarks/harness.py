@@ -21,6 +21,7 @@ from rlhf_kernels.opspec import Maker, OpSpec, outputs
 
 ROUNDS = 31
 WARMUP = 4
+SLOW = 120.0  # seconds: a peer in 16 bits on a CPU without products of 16 bits takes minutes a call
 
 Call = Callable[[Any], Any]
 
@@ -60,8 +61,10 @@ def compare(
         floor: work that cannot be avoided (bare matrix products), timed beside the others.
         tolerance: largest difference to a peer, relative to the peer's largest value.
         prepare: run before each timed call, untimed (restores what an in-place call overwrote).
-        rounds: timed calls of each contestant.
+        rounds: timed calls of each contestant; where the check takes longer than SLOW, one, and
+            none to warm up.
     """
+    begin = time.perf_counter()
     for name, peer in peers.items():
         expected, got = peer(prepare(inputs[0])), ours(prepare(inputs[0]))
         for a, b in zip(outputs(expected), outputs(got), strict=True):
@@ -69,10 +72,11 @@ def compare(
             scale = a.double().abs().max().clamp(min=1e-12)
             assert error <= tolerance * scale, f"differs from {name} by {error / scale:.2g}"
 
+    slow = time.perf_counter() - begin > SLOW
     order = itertools.cycle(inputs)
     others = peers if floor is None else {**peers, "floor": floor}
     times: dict[str, list[float]] = {name: [] for name in others}
-    for _ in range(WARMUP):
+    for _ in range(0 if slow else WARMUP):
         for call in (*others.values(), ours):
             call(prepare(next(order)))
 
@@ -85,7 +89,7 @@ def compare(
             times[name].append(time.perf_counter() - start)
         return (prepare(x),), {}
 
-    benchmark.pedantic(ours, setup=peers_first, rounds=rounds, iterations=1)
+    benchmark.pedantic(ours, setup=peers_first, rounds=1 if slow else rounds, iterations=1)
     medians = {name: statistics.median(t) for name, t in times.items()}
     bare = medians.pop("floor", None)
     best = min(medians, key=medians.__getitem__)
