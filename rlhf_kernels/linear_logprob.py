@@ -50,8 +50,9 @@ def linear_logprob(
     GiB on CUDA, beside the returned gradients and, for 16 bits in several chunks, the float32 sum
     of the weight's); the backward makes each chunk again, which costs a fourth matrix product. With
     inputs of 16 bits the logits have 16 bits as well, but the target's logit, and its share of the
-    normaliser, are float32. Deterministic; as a library's matrix product may depend on how many
-    rows it has, another batch may change the last bits.
+    normaliser, are float32; on CPUs without products of 16 bits all of it is. Deterministic; as a
+    library's matrix product may depend on how many rows it has, another batch may change the last
+    bits.
 
     Args:
         hidden: (..., H) bf16, fp16, fp32 or fp64; differentiable.
