@@ -61,10 +61,8 @@ def compare(
         floor: work that cannot be avoided (bare matrix products), timed beside the others.
         tolerance: largest difference to a peer, relative to the peer's largest value.
         prepare: run before each timed call, untimed (restores what an in-place call overwrote).
-        rounds: timed calls of each contestant; where the check takes longer than SLOW, one, and
-            none to warm up.
+        rounds: timed calls of each contestant; one where a call of each takes longer than SLOW.
     """
-    begin = time.perf_counter()
     for name, peer in peers.items():
         expected, got = peer(prepare(inputs[0])), ours(prepare(inputs[0]))
         for a, b in zip(outputs(expected), outputs(got), strict=True):
@@ -72,13 +70,16 @@ def compare(
             scale = a.double().abs().max().clamp(min=1e-12)
             assert error <= tolerance * scale, f"differs from {name} by {error / scale:.2g}"
 
-    slow = time.perf_counter() - begin > SLOW
     order = itertools.cycle(inputs)
     others = peers if floor is None else {**peers, "floor": floor}
     times: dict[str, list[float]] = {name: [] for name in others}
-    for _ in range(0 if slow else WARMUP):
+    for _ in range(WARMUP):
+        begin = time.perf_counter()
         for call in (*others.values(), ours):
             call(prepare(next(order)))
+        if time.perf_counter() - begin > SLOW:
+            rounds = 1
+            break
 
     def peers_first():
         x = next(order)
@@ -89,7 +90,7 @@ def compare(
             times[name].append(time.perf_counter() - start)
         return (prepare(x),), {}
 
-    benchmark.pedantic(ours, setup=peers_first, rounds=1 if slow else rounds, iterations=1)
+    benchmark.pedantic(ours, setup=peers_first, rounds=rounds, iterations=1)
     medians = {name: statistics.median(t) for name, t in times.items()}
     bare = medians.pop("floor", None)
     best = min(medians, key=medians.__getitem__)
@@ -108,7 +109,7 @@ def compare(
 
 
 def eager_and_compiled(**functions: Call) -> dict[str, Call]:
-    """Each function as it is and under torch.compile (compiled during the warm-up)."""
+    """Each function as it is and under torch.compile (compiled during the check)."""
     out: dict[str, Call] = {}
     for name, function in functions.items():
         out[f"eager {name}"] = function

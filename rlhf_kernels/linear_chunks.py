@@ -159,8 +159,12 @@ def products_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if low and not _cpu_multiplies(x.dtype) else x.dtype
 
 
-@functools.cache
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    return bool(torch.backends.mkldnn.enabled) and _mkldnn_multiplies(dtype)
+
+
+@functools.cache
+def _mkldnn_multiplies(dtype: torch.dtype) -> bool:
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     supported = getattr(torch.ops.mkldnn, name, None)
     return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
@@ -430,10 +434,11 @@ class Sweep:
             torch.ops.aten.mm.dtype_out(g, weight, out.dtype, out=out)
             return
         # CPUs have no product of 16 bits into float32.
-        total = out if out.dtype == _accumulation(g) else torch.empty_like(out, dtype=g.dtype)
+        wide = _accumulation(g)
+        total = out if out.dtype == wide else torch.empty_like(out, dtype=wide)
         total.zero_()
         for rows in blocks(weight.shape[0]):
-            total.addmm_(g[:, rows].to(total.dtype), self.widened(rows))
+            total.addmm_(g[:, rows].to(wide), self.widened(rows))
         if total is not out:
             out.copy_(total)
 
@@ -473,14 +478,16 @@ class Sweep:
     def _added(self, total: Tensor | None, g: Tensor, h: Tensor, unit: float) -> Tensor:
         """total + unit g^T h; the total in float32 with several chunks, or where asked for."""
         dtype = _accumulation(g)
-        if self.one_chunk and self.weight_dtype == g.dtype:
-            product = g.t() @ h
-            return product if unit == 1 else product.mul_(unit)
-        if self.one_chunk and g.dtype == dtype and self.weight_dtype in LOW:
+        if self.one_chunk and self.weight_dtype == g.dtype and g.dtype in LOW:
+            return g.t() @ h
+        if self.one_chunk and self.weight_dtype in LOW and g.dtype == dtype and not g.is_cuda:
             total = h.new_empty(g.shape[1], h.shape[1], dtype=self.weight_dtype)
             for some in blocks(g.shape[1]):
                 total[some] = (g[:, some].t() @ h).mul_(unit)
             return total
+        if total is None and g.dtype == dtype:
+            product = g.t() @ h
+            return product if unit == 1 else product.mul_(unit)
         if total is None:
             total = torch.zeros(g.shape[1], h.shape[1], dtype=dtype, device=g.device)
         if g.dtype == dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.autograd import not_compiled
-from rlhf_kernels.linear_chunks import LOW, Head, Rows, Sweep
+from rlhf_kernels.linear_chunks import LOW, Head, Rows, Sweep, products_dtype
 
 IGNORED, WRONG = -100, -1  # what the kernels see: a caller's ignore_index may be a row of the shard
 
@@ -80,6 +80,7 @@ def _exchange(
         "hidden.requires_grad": hidden.requires_grad and torch.is_grad_enabled(),
         "chunk_tokens": chunk_tokens or 0,
         "with_entropy": bool(with_entropy),
+        "bytes of a logit (which the CPU decides)": products_dtype(hidden).itemsize,
     }
     mine = torch.tensor([weight.shape[0], *same.values()], device=hidden.device)
     rows = [torch.empty_like(mine) for _ in range(group.size())]

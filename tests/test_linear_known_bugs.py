@@ -184,15 +184,18 @@ def test_dtensor_mix(tmp_path, backend):
 
 
 ENTROPY = """
-import re, torch
-from rlhf_kernels import linear_logprob, linear_token_loss
+import re, sys, torch
+from rlhf_kernels import linear_chunks, linear_logprob, linear_token_loss
+
+linear_chunks._cpu_multiplies = lambda dtype: False  # those of 16 bits take minutes on some CPUs
+dtype = getattr(torch, sys.argv[1])
 
 def peak(what):
     with open("/proc/self/status") as file:
         return int(re.search(what + r":\\s+(\\d+) kB", file.read())[1]) << 10
 
-hidden = torch.randn(4096, 64, requires_grad=True)
-weight = torch.randn(64000, 64, requires_grad=True)
+hidden = torch.randn(4096, 64, dtype=dtype, requires_grad=True)
+weight = torch.randn(64000, 64, dtype=dtype, requires_grad=True)
 tokens = torch.randint(64000, (4096,))
 
 def by_logprob(n):
@@ -217,12 +220,14 @@ for step in (by_logprob, by_token_loss):
 """
 
 
-def test_entropy_memory_spike():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_entropy_memory_spike(dtype):
     """37. 80 GB where 0.23 GB do: the entropy, with its gradient, takes a chunk of logits as the
     log-probs do, not several tensors of 1 GiB. trl 2799, OpenRLHF 718, verl 1100"""
     if not Path("/proc/self/clear_refs").exists() or why_not("linear_logprob", "cpu"):
         pytest.skip("needs Linux, and the compiled kernels")
-    result = subprocess.run([sys.executable, "-c", ENTROPY], capture_output=True, text=True)
+    command = [sys.executable, "-c", ENTROPY, dtype]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert all(int(line) < 260 << 20 for line in result.stdout.split()), result.stdout
 

@@ -155,7 +155,11 @@ def test_old_log_probs_come_from_the_chunks_of_the_new_ones(device, backend, dty
         pytest.skip("the reference has no chunks")
     monkeypatch.setattr(linear_chunks, "LEAST_TOKENS", 8)
     hidden, weight, tokens = inputs(200, 500, 400, dtype, device)
-    monkeypatch.setitem(linear_chunks.BUDGET, device, 150 * (400 * hidden.element_size() + 64))
+    made = linear_chunks.products_dtype(hidden).itemsize
+    room = 150 * (400 * made + 64)
+    if made > hidden.element_size():
+        room += 2 * 400 * 500 * made  # two blocks of the weight
+    monkeypatch.setitem(linear_chunks.BUDGET, device, room)
     product, rows, seen = torch.mm, [], []
     monkeypatch.setattr(torch, "mm", lambda a, *x, **k: rows.append(len(a)) or product(a, *x, **k))
     with torch.no_grad():
@@ -305,17 +309,24 @@ def test_products_of_blocks(dtype, options, chunk_tokens, device, backend, monke
 
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("chunk_tokens", [None, 2])
-def test_gradients_in_other_dtypes_are_rounded_once(chunk_tokens, device, backend):
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2],
+    ids=str,
+)
+def test_gradients_in_other_dtypes_are_rounded_once(chunk_tokens, dtypes, device, backend):
     """Autocast: products of 16 bits for parameters of 32, whose gradients are not cut to 16."""
     if backend == "reference":
         pytest.skip("autograd's own")
+    if device != "cpu" and dtypes[0] != torch.float32:
+        pytest.skip("products of 16 bits into float32 alone")
     hidden, weight, tokens = (x.detach() for x in inputs(5, 8, 21, torch.bfloat16, device))
     bias = torch.zeros(21, dtype=torch.bfloat16, device=device)
     head = (hidden, weight, bias, tokens, None, 1.0, 1.0, 0.0, NOTHING_IGNORED, chunk_tokens)
     _, *saved = forward_sweep(*head, False, backend)
     args = (torch.ones(5, device=device), None, *head, *saved, True, True, True, backend)
-    wide = backward_sweep(*args, None, (torch.float32, torch.float32))
-    for got, low in zip(wide, backward_sweep(*args), strict=True):
-        assert got.dtype == torch.float32 and low.dtype == torch.bfloat16
-        assert not torch.equal(got, got.bfloat16().float())
-        torch.testing.assert_close(got, low.float(), rtol=1e-2, atol=1e-2)
+    wide = backward_sweep(*args, None, dtypes)
+    for got, low, dtype in zip(wide, backward_sweep(*args), (*dtypes, dtypes[1]), strict=True):
+        assert got.dtype == dtype and low.dtype == torch.bfloat16
+        assert not torch.equal(got, got.bfloat16().to(dtype))
+        torch.testing.assert_close(got.float(), low.float(), rtol=1e-2, atol=1e-2)

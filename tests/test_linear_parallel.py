@@ -161,6 +161,12 @@ def check_errors(rank: int, world: int, own: slice) -> None:
         linear_logprob(hidden, mine, tokens, process_group=group, backend="reference")
     with pytest.raises(ValueError, match="weight: expected a row or more on each rank"):
         linear_logprob(hidden, mine if rank else mine[:0], tokens, process_group=group)
+    low = hidden.bfloat16(), mine.bfloat16(), tokens
+    with (
+        mock.patch.object(linear_chunks, "_cpu_multiplies", lambda dtype: rank == 0),
+        pytest.raises(ValueError, match=r"bytes of a logit .*: expected the same on all ranks"),
+    ):
+        linear_logprob(*low, process_group=group)
     fewer = ROWS - rank
     with pytest.raises(ValueError, match="number of tokens: expected the same on all ranks"):
         one_token = (torch.zeros(ROWS, WIDTH), mine, torch.zeros(ROWS, fewer, dtype=torch.int64))

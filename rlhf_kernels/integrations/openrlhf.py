@@ -5,10 +5,10 @@
 Replaced:
 
 - ``Actor.forward``, where it gives log-probs (PPO, SFT, DPO, the reference model): from the hidden
-  states, without logits. Only positions that are returned reach the head (with ring attention all
-  of a rank's). With ``return_output`` the output makes its logits when somebody looks at them,
-  which the trainers do not. With images, or a head that is no plain linear layer (LoRA on it,
-  quantised), it is the original; of a head it warns.
+  states, without logits. Only positions that are returned reach the head. With ``return_output``
+  the output makes its logits when somebody looks at them, which the trainers do not. With images,
+  or a head that is no plain linear layer (LoRA on it, quantised), it is the original; of a head it
+  warns.
 - ``log_probs_from_logits`` and ``compute_entropy``, which the original ``Actor.forward`` calls.
 - ``compute_approx_kl`` for k3, whose small values the host loses to cancellation. For k1 and k2,
   and with ``unbiased_gradient``, it is the original, which is as fast.
@@ -51,6 +51,7 @@ from rlhf_kernels.token_logprob import TokenLogprob, token_logprob
 
 LOW = (torch.bfloat16, torch.float16)
 IGNORED = -100
+NO_TOKEN = NOTHING_IGNORED + 1  # which nobody has
 
 
 def _runs(op: str, *tensors: Any) -> bool:
@@ -326,16 +327,18 @@ def _packed(
 ) -> _Layout:
     pack, unpack, group = packing
     packed, position_ids, tokens, extra, indices = pack(sequences, attention_mask, group)
-    ignore_index = NOTHING_IGNORED if strict else IGNORED
-    if group is None:  # then all indices are of this rank
-        wanted = torch.zeros_like(sequences, dtype=torch.bool)
-        if actions is None:
-            wanted[:, :-1] = True
-        else:
-            wanted[:, -1 - actions.shape[1] : -1] = True if strict else actions != 0
-        # No token of the batch is this one: the model's embedding knows them all.
-        ignore_index = IGNORED
-        tokens = torch.where(wanted.flatten()[indices], tokens, ignore_index)
+    wanted = torch.zeros_like(sequences, dtype=torch.bool)
+    if actions is None:
+        wanted[:, :-1] = True
+    else:
+        wanted[:, -1 - actions.shape[1] : -1] = True if strict else actions != 0
+    wanted = wanted.flatten()[indices]
+    if group is not None:
+        first = torch.distributed.get_rank(group) * tokens.shape[1]
+        wanted = nn.functional.pad(wanted, (0, extra))[first : first + tokens.shape[1]]
+    # Padding may be a row's last label, whatever it is. The host ignores this one on CUDA itself.
+    ignore_index = IGNORED if tokens.is_cuda else NO_TOKEN
+    tokens = torch.where(wanted, tokens, ignore_index)
 
     def place(x: Tensor) -> Tensor:
         return unpack(x, group, extra, indices, *sequences.shape)[:, :-1]
@@ -378,8 +381,9 @@ def _serve(
     except IndexError:  # the embedding has more tokens than the head
         return None
     logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
-    if strict and entropy is not None and ran.head.bias is not None:
-        banned = full_weight(ran.head.bias).detach().isneginf().any()
+    head = ran.head
+    if strict and entropy is not None and head.bias is not None and head.softcap is None:
+        banned = full_weight(head.bias).detach().isneginf().any()
         entropy = entropy * torch.where(banned, math.nan, 1.0)  # the host's 0 * -inf
     logprob = layout.place(logprob.float())
     if action_mask is not None:

@@ -835,6 +835,38 @@ def test_an_error_of_the_model_says_nothing_of_its_head(served, monkeypatch):
     assert len(served) == 1
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_actor_of_a_head_that_bans_tokens_under_a_softcap(packing, served):
+    """Where nothing is banned: the logit is -softcap."""
+    actor = make_actor("gemma2", final_logit_softcapping=2.0, head_dim=16, packing=packing)
+    actor.model.lm_head.bias = nn.Parameter(torch.zeros(V))
+    with torch.no_grad():
+        actor.model.lm_head.bias[3] = -torch.inf
+    call = {"return_output": True, "return_entropy": True}
+    want = actor(*batch(), **call)[1].entropy
+    with adapter.patched():
+        got = actor(*batch(), **call)[1].entropy
+    assert served and want.isfinite().all()
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+
+
+def test_padding_may_be_the_last_label_of_what_is_packed(served):
+    """Which no embedding has looked up."""
+    actor, (sequences, mask, attention) = make_actor(packing=True), batch()
+    mask[1] = 1  # that of the last token before the padding too
+    for pad in (0, V, -1, -100):
+        given = sequences.masked_fill(attention == 0, pad), mask, attention
+        want = outcome(actor, *given)
+        with adapter.patched():
+            got = outcome(actor, *given)
+        assert type(got) is type(want)
+        if isinstance(want, str):
+            assert got == want
+        else:
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+    assert served
+
+
 def test_actor_of_a_head_that_bans_tokens(served):
     actor, given = make_actor(), batch()
     head = actor.model.lm_head
@@ -973,13 +1005,13 @@ from openrlhf.models import ring_attn_utils
 ring_attn_utils.update_ring_attn_params = lambda cu_seqlens: None  # each rank sees its own slice
 tests.actor_module.compute_entropy = tests.plain(tests.actor_module.compute_entropy)
 group = {"ring_attn_group": torch.distributed.group.WORLD}
-for length in (9, 10):  # 23 tokens, which are padded, and 26
+for length, strict in (9, True), (10, False):  # 23 tokens, which are padded, and 26
     for name, call in tests.CALLS.items():
         actor = tests.make_actor(temperature=0.6, packing=True)
         args, kwargs = call(*tests.batch(length=length))
         want = actor(*args, **kwargs, **group)
         own = tests.gradients(actor, want)
-        with tests.adapter.patched():
+        with tests.adapter.patched(strict=strict):
             tests.adapter.token_logprob = None  # the kernels of logits are not called
             got = actor(*args, **kwargs, **group)
             tests.assert_same_result(got, want, atol=2e-5)
