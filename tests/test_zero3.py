@@ -6,7 +6,6 @@ Run as a script it is one of the processes.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ranks import run_ranks
 from rlhf_kernels import full_weight, linear_logprob, linear_token_loss
 from rlhf_kernels.backend import why_not
 
@@ -35,22 +35,7 @@ def test_zero3_empty_lm_head(tmp_path):
     if find_spec("transformers") is None or why_not("linear_logprob", "cpu"):
         pytest.skip("needs transformers and the CPU kernels")
     path = os.pathsep.join([str(OVERLAY), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    settings = {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"}
-    settings |= {"PYTHONPATH": path}
-    ranks = []
-    for rank in range(RANKS):
-        environment = {**os.environ, **settings, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, __file__, str(tmp_path / "meeting")]
-        with (tmp_path / f"rank-{rank}").open("w") as log:
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        statuses = [process.wait(timeout=240) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = [(tmp_path / f"rank-{rank}").read_text() for rank in range(RANKS)]
-    ends = "\n".join(log[-3000:] for log in logs)
-    assert statuses == [0] * RANKS and all("every case passed" in log for log in logs), ends
+    run_ranks(Path(__file__), tmp_path, RANKS, DS_ACCELERATOR="cpu", PYTHONPATH=path)
 
 
 def make(tied: bool):

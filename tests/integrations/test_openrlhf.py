@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from compare import assert_close_to_truth
+from ranks import run_ranks
 
 if importlib.util.find_spec("openrlhf") is None:
     pytest.skip("openrlhf is not installed", allow_module_level=True)
@@ -1026,21 +1027,9 @@ print("every case passed")
 
 def test_actor_with_ring_attention(tmp_path):
     """Each rank has the head of a slice. The attention itself is not here: it wants GPUs."""
-    (tmp_path / "process.py").write_text(RING)
-    ranks = []
-    for rank in range(2):
-        command = [sys.executable, str(tmp_path / "process.py"), str(tmp_path / "meeting")]
-        with (tmp_path / f"rank-{rank}").open("w") as log:
-            more = environment(RANK=str(rank), OMP_NUM_THREADS="1")
-            ranks.append(subprocess.Popen(command, env=more, stdout=log, stderr=log))
-    try:
-        statuses = [process.wait(timeout=240) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
-    ends = "\n".join(log[-3000:] for log in logs)
-    assert statuses == [0, 0] and all("every case passed" in log for log in logs), ends
+    program = tmp_path / "process.py"
+    program.write_text(RING)
+    run_ranks(program, tmp_path, 2, PYTHONPATH=environment()["PYTHONPATH"])
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -23,6 +23,7 @@ import torch
 
 import test_zero3
 from compare import assert_close_to_truth
+from ranks import run_ranks
 from rlhf_kernels.backend import INTERPRETING, why_not
 from rlhf_kernels.linear_chunks import Sweep
 
@@ -963,29 +964,11 @@ def test_a_head_that_zero3_has_partitioned(tmp_path):
     """TRL gathers it around the forward, and again in its own backward."""
     if find_spec("deepspeed") is None and not test_zero3.OVERLAY.exists():
         pytest.skip("DeepSpeed is not installed (make test does)")
-    (tmp_path / "process.py").write_text(PROCESS)
+    program = tmp_path / "process.py"
+    program.write_text(PROCESS)
     path = [test_zero3.OVERLAY, ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", "")]
-    settings = {"DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(test_zero3.RANKS)}
-    settings |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "process.py"), str(tmp_path / "meeting")]
-    with (tmp_path / "log").open("w") as log:
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **settings, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=log,
-                stderr=log,
-            )
-            for rank in range(test_zero3.RANKS)
-        ]
-        try:
-            statuses = [process.wait(timeout=240) for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-    text = (tmp_path / "log").read_text()
-    assert statuses == [0] * test_zero3.RANKS, text[-6000:]
-    assert text.count("every case passed") == test_zero3.RANKS
+    settings = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(map(str, path))}
+    run_ranks(program, tmp_path, test_zero3.RANKS, **settings)
 
 
 # ---- TRL's own tests ----------------------------------------------------------------------------
