@@ -254,12 +254,10 @@ def _forward(original: Any, strict: bool) -> Any:
             and _is_batch(sequences, attention_mask, action_mask)
         ):
             packing = _packing(original, ring_attn_group) if self.packing_samples else None
-            if packing is not None or not self.packing_samples:
-                batch = sequences, action_mask, attention_mask
-                wanted = return_output, return_entropy
-                result = _serve(self, *batch, *wanted, packing, strict)
-                if result is not None:
-                    return result
+            batch = sequences, action_mask, attention_mask
+            result = _serve(self, *batch, return_output, return_entropy, packing, strict)
+            if result is not None:
+                return result
         return original(
             self,
             sequences,
@@ -363,10 +361,15 @@ def _serve(
     takes = inspect.signature(actor.model.forward).parameters
     more: dict[str, Any] = {}
     if "use_cache" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        more["use_cache"] = None if return_output or packing is not None else False
+        more["use_cache"] = None if return_output or actor.packing_samples else False
     actions = None if return_entropy else action_mask  # the entropy is that of all positions
     given = sequences, attention_mask, actions, strict
-    layout = _padded(*given) if packing is None else _packed(*given, packing)
+    if packing is not None:
+        layout = _packed(*given, packing)
+    elif not actor.packing_samples:
+        layout = _padded(*given)
+    else:  # nobody here knows how
+        return None
     ran = _run(actor.model, *layout[:3], **more)
     if ran is None:
         return None
