@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 import bench_token_logprob
 from bench_token_logprob import DTYPES, each_dtype
 from harness import compare, eager_and_compiled, with_gradient
-from rlhf_kernels import linear_logprob
+from rlhf_kernels import linear_chunks, linear_logprob
 from rlhf_kernels.linear_logprob import SPEC
 from rlhf_kernels.opspec import Inputs, Maker
 
@@ -43,6 +43,33 @@ def test_linear_logprob_forward(benchmark, dtype):
         inputs,
         least_bytes=SPEC.bytes_forward(inputs[0]),
         tolerance=2e-2 if dtype == "bf16" else 1e-5,
+        floor=lambda x: linear(x["hidden"], x["weight"]),
+        rounds=15,
+    )
+
+
+@torch.no_grad()
+def test_linear_logprob_large_vocabulary(benchmark, monkeypatch):
+    """1024 x 256 x 128256 with the weight in blocks and as a whole; which of them serves depends on
+    the CPU."""
+    make = Maker("cpu", torch.float32, 0)
+    hidden, weight = make.randn(1024, 256), make.randn(128256, 256, scale=0.05)
+    inputs = {"hidden": hidden, "weight": weight, "tokens": make.integers(128256, 1024)}
+
+    def by(blocks: bool):
+        def call(x):
+            monkeypatch.setattr(linear_chunks, "_cpu_takes_blocks", lambda: blocks)
+            return ours(**x)
+
+        return call
+
+    compare(
+        benchmark,
+        by(True),
+        {"the weight as a whole": by(False)},
+        [inputs],
+        least_bytes=SPEC.bytes_forward(inputs),
+        tolerance=1e-5,
         floor=lambda x: linear(x["hidden"], x["weight"]),
         rounds=15,
     )

@@ -152,8 +152,8 @@ def logits_reference(hidden: Tensor, head: Head) -> Tensor:
 def products_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of ``x`` are computed in: float32 for 16 bits on CPUs without them.
 
-    There torch's own are loops: with AVX2 alone 256 x 32000 by 32000 x 512 takes 0.1 s in float32
-    and 19 s in bfloat16.
+    There torch's own are loops: with AVX2 alone the three products of a step took 1.1 s in float32
+    and 69 s in bfloat16 (benchmarks/results/cpu_avx2_linear_token_loss.json).
     """
     low = x.dtype in LOW and x.device.type == "cpu"
     return torch.float32 if low and not _cpu_multiplies(x.dtype) else x.dtype
@@ -478,16 +478,13 @@ class Sweep:
     def _added(self, total: Tensor | None, g: Tensor, h: Tensor, unit: float) -> Tensor:
         """total + unit g^T h; the total in float32 with several chunks, or where asked for."""
         dtype = _accumulation(g)
-        if self.one_chunk and self.weight_dtype == g.dtype and g.dtype in LOW:
+        if self.one_chunk and self.weight_dtype == g.dtype and unit == 1:
             return g.t() @ h
-        if self.one_chunk and self.weight_dtype in LOW and g.dtype == dtype and not g.is_cuda:
+        if self.one_chunk and self.weight_dtype in LOW and self.blocked and unit == 1:
             total = h.new_empty(g.shape[1], h.shape[1], dtype=self.weight_dtype)
             for some in blocks(g.shape[1]):
-                total[some] = (g[:, some].t() @ h).mul_(unit)
+                total[some] = g[:, some].t() @ h
             return total
-        if total is None and g.dtype == dtype:
-            product = g.t() @ h
-            return product if unit == 1 else product.mul_(unit)
         if total is None:
             total = torch.zeros(g.shape[1], h.shape[1], dtype=dtype, device=g.device)
         if g.dtype == dtype:

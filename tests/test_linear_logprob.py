@@ -287,8 +287,9 @@ def test_products_of_blocks(dtype, options, chunk_tokens, device, backend, monke
     tokens[2] = -100
     tensors = [hidden, weight, torch.linspace(-1, 1, len(weight)).to(dtype)]
 
-    def run(tensors, by_blocks):
-        monkeypatch.setattr(linear_chunks, "_cpu_takes_blocks", lambda: by_blocks)
+    monkeypatch.setattr(linear_chunks, "_cpu_takes_blocks", lambda: True)
+
+    def run(tensors, backend):
         leaves = [x.clone().requires_grad_() for x in tensors]
         args = {"bias": leaves[2], "chunk_tokens": chunk_tokens, "backend": backend, **options}
         out = linear_logprob(*leaves[:2], tokens, **args)
@@ -301,8 +302,8 @@ def test_products_of_blocks(dtype, options, chunk_tokens, device, backend, monke
         loss, _ = linear_token_loss(*leaves[:2], tokens, loss_fn, **args)
         return [logprob, entropy, loss, *grads, *torch.autograd.grad(loss, leaves)]
 
-    want = run([x.float() for x in tensors], False)
-    for x, y in zip(run(tensors, True), want, strict=True):
+    want = run([x.float() for x in tensors], "reference")
+    for x, y in zip(run(tensors, backend), want, strict=True):
         eps = 0 if x.dtype == torch.float32 else torch.finfo(dtype).eps
         torch.testing.assert_close(x.float(), y.float(), rtol=1e-5 + eps, atol=1e-5 + eps / 10)
 
