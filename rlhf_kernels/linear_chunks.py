@@ -152,8 +152,8 @@ def logits_reference(hidden: Tensor, head: Head) -> Tensor:
 def products_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of ``x`` are computed in: float32 for 16 bits on CPUs without them.
 
-    There torch's own are loops: with AVX2 alone the three products of a step took 1.1 s in float32
-    and 69 s in bfloat16 (benchmarks/results/cpu_avx2_linear_token_loss.json).
+    There torch's own are loops: with AVX2 alone the three products of a step took 0.75 s in float32
+    and 54 s in bfloat16 (benchmarks/results/cpu_avx2_linear.json).
     """
     low = x.dtype in LOW and x.device.type == "cpu"
     return torch.float32 if low and not _cpu_multiplies(x.dtype) else x.dtype
@@ -173,7 +173,8 @@ def _mkldnn_multiplies(dtype: torch.dtype) -> bool:
 @functools.cache
 def _cpu_takes_blocks() -> bool:
     """Whether logits in float32 are made a block of the weight at a time, which MKL is faster at
-    without AVX-512: 1024 x 256 x 128256 in 1.0 s, not in 1.2; 1024 x 512 x 32000 in the same time.
+    without AVX-512: linear_logprob at 1024 x 256 x 128256 took 625 ms, not 703
+    (benchmarks/results/cpu_avx2_linear.json).
     """
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
