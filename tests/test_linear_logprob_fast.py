@@ -123,6 +123,10 @@ def test_fast_of_a_shifted_row(device, backend, splits):
 def test_fast_is_batch_invariant(dtype, size, device, backend, splits):
     """A row's bits in any batch, beside ignored rows, and at any place in a block."""
     hidden, weight, tokens = inputs(20, 40, 130, dtype, device)
+    if device == "cpu":
+        # The interpreter multiplies with NumPy's BLAS, which on some CPUs adds up the last rows of
+        # a block in another order. Sixteenths: the products are exact, and any order does.
+        hidden, weight = (x.mul(16).round().div(16) for x in (hidden, weight))
     options = {"temperature": 0.7, "with_entropy": True, "backend": backend}
     whole = fast_logprob(hidden, weight, tokens, **options)
     parts = [
