@@ -119,6 +119,34 @@ def _interpreter_rounds_as_a_gpu_does():
     interpreter._convert_float = convert
 
 
+@pytest.fixture(scope="session", autouse=INTERPRETING)
+def _interpreter_scans_as_a_gpu_does():
+    """All steps of a block at once, in a tree; its own scan takes them one by one, in Python."""
+    import numpy
+    from triton.runtime import interpreter
+
+    def scan(self, inputs):
+        (size,) = inputs[0].handle.data.shape
+        found, distance = inputs, 1
+        while distance < size:
+            data = [x.handle.data for x in found]
+            earlier = [
+                self.to_tensor(numpy.roll(x, distance), t.dtype)
+                for x, t in zip(data, inputs, strict=True)
+            ]
+            first = numpy.arange(size) < distance
+            found = [
+                self.to_tensor(numpy.where(first, x, y.handle.data), y.dtype)
+                for x, y in zip(data, self.combine_fn.fn(*earlier, *found), strict=True)
+            ]
+            distance *= 2
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.ScanOps, "generic_scan", scan)
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under the interpreter: the tests of the operators alone."""
     if INTERPRETING:

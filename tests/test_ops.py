@@ -75,7 +75,7 @@ def test_same_call_gives_the_same_bits(spec, device, backend):
         pytest.skip("PyTorch's own atomic additions")
     for sample in samples(spec, device, torch.float32):
         first = [x for part in run(spec, sample.inputs, backend) for x in part]
-        for _ in range(3):
+        for _ in range(1 if INTERPRETING else 3):  # one program after another: no race to find
             again = [x for part in run(spec, sample.inputs, backend) for x in part]
             for a, b in zip(first, again, strict=True):
                 assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), sample.why
@@ -83,6 +83,8 @@ def test_same_call_gives_the_same_bits(spec, device, backend):
 
 @each_op
 def test_number_of_threads_changes_no_bit(spec, backend):
+    if INTERPRETING:
+        pytest.skip("the interpreter has one thread")
     threads = torch.get_num_threads()
     for sample in samples(spec, "cpu", torch.float32):
         results = []
