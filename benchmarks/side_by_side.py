@@ -153,7 +153,16 @@ def tiny_llama(vocab: int, width: int, dtype: torch.dtype) -> Any:
     return model.to(dtype)
 
 
-def out_option(description: str | None) -> Path | None:
+def options(description: str | None) -> argparse.Namespace:
+    """``out`` and ``dtypes`` of the command line."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file of the results")
-    return parser.parse_args().out
+    parser.add_argument(
+        "--no-bfloat16",
+        dest="dtypes",
+        action="store_const",
+        const=[torch.float32],
+        default=[torch.float32, torch.bfloat16],
+        help="leave out bfloat16, of which CPUs without instructions for it take minutes a call",
+    )
+    return parser.parse_args()

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "integration
 import openrlhf_stubs  # noqa: E402
 
 from rlhf_kernels.integrations import openrlhf as adapter  # noqa: E402
-from side_by_side import SideBySide, out_option, tiny_llama, with_gradient  # noqa: E402
+from side_by_side import SideBySide, options, tiny_llama, with_gradient  # noqa: E402
 
 VOCAB, WIDTH = 128256, 256
 ROWS, LENGTH, ACTIONS = 4, 256, 192  # 1024 tokens
@@ -102,17 +102,17 @@ def steps(table: SideBySide, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    out = out_option(__doc__)
+    given = options(__doc__)
     openrlhf_stubs.install()
     import openrlhf.trainer.ppo_utils.experience_maker  # noqa: F401
 
     table = SideBySide("openrlhf", adapter.patched)
     of_time(table)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in given.dtypes:
         of_logits(table, dtype)
         steps(table, dtype)
-    if out:
-        table.write(out)
+    if given.out:
+        table.write(given.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import rlhf_kernels  # noqa: E402
 from rlhf_kernels.integrations import trl as adapter  # noqa: E402
 from side_by_side import (  # noqa: E402
     SideBySide,
-    out_option,
+    options,
     tensors_of,
     tiny_llama,
     with_gradient,
@@ -148,21 +148,21 @@ def step(table: SideBySide, dtype: torch.dtype, new: bool) -> None:
 
 
 def main() -> None:
-    out = out_option(__doc__)
+    given = options(__doc__)
     import trl
 
     new = tuple(map(int, trl.__version__.split(".")[:2])) >= (1, 14)
     table = SideBySide("trl", adapter.patched)
     if not new:
         ppo(table)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in given.dtypes:
         head(table, dtype, new)
         of_logits(table, dtype, new)
         step(table, dtype, new)
     if new:
         wide_head(table)
-    if out:
-        table.write(out)
+    if given.out:
+        table.write(given.out)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rlhf_kernels.integrations import verl as adapter  # noqa: E402
-from side_by_side import SideBySide, out_option, tiny_llama, with_gradient  # noqa: E402
+from side_by_side import SideBySide, options, tiny_llama, with_gradient  # noqa: E402
 
 VOCAB, TOKENS, WIDTH = 128256, 1024, 256
 
@@ -132,15 +132,15 @@ def step(table: SideBySide, dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    out = out_option(__doc__)
+    given = options(__doc__)
     logging.disable(logging.WARNING)
     table = SideBySide("verl", adapter.patched)
     statistics_of_tokens(table)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in given.dtypes:
         primitives(table, dtype)
         step(table, dtype)
-    if out:
-        table.write(out)
+    if given.out:
+        table.write(given.out)
 
 
 if __name__ == "__main__":
