@@ -159,7 +159,7 @@ def main() -> None:
         head(table, dtype, new)
         of_logits(table, dtype, new)
         step(table, dtype, new)
-    if new:
+    if new and torch.bfloat16 in given.dtypes:
         wide_head(table)
     if given.out:
         table.write(given.out)
