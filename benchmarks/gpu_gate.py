@@ -117,22 +117,30 @@ def capability() -> str | None:
     return answer(sys.executable, "-c", code)
 
 
+def faults() -> str | None:
+    """Which native libraries are built and do not load, and why; asked in another process."""
+    code = "from rlhf_kernels.backend import faulty; print('; '.join(faulty))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
+    return lines[-1][:600] if lines else None
+
+
 def build(out: Path, found: str, limit: float) -> dict[str, Any]:
     """The CUDA library for this machine's architecture, or a word on why there is none."""
     folder = ROOT / "rlhf_kernels"
     if any(folder.glob("librlhf_kernels_cuda.*")):
-        return {"cuda": "was there"}
+        return {"cuda": "was there", "failed": faults()}
     arch = "9.0a" if found == "9.0" else found
     environment = {"RLHF_KERNELS_CUDA": "1", "RLHF_KERNELS_CUDA_ARCH": arch}
     start = time.time()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     failure = run(command, out / "build.log", limit, environment)
     result = {"cuda": failure or "built", "arch": arch, "seconds": round(time.time() - start, 1)}
-    if failure:
-        result["failed"] = failure
-        if not any(folder.glob("librlhf_kernels_cpu.*")):  # the tests need it
-            again = run(command, out / "build_cpu.log", limit, {"RLHF_KERNELS_CUDA": "0"})
-            result["cpu"] = again or "built"
+    result["failed"] = failure or faults()
+    if failure and not any(folder.glob("librlhf_kernels_cpu.*")):  # the tests need it
+        again = run(command, out / "build_cpu.log", limit, {"RLHF_KERNELS_CUDA": "0"})
+        result["cpu"] = again or "built"
     return result
 
 

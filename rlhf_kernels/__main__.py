@@ -2,7 +2,8 @@
 
 The self-check runs every operator on every backend that is available, on its float32 samples,
 forward and gradient, against the reference in float64, in seconds. Exit status 1: an error is above
-twice that of the plain formula (the reference in float32) plus the operator's absolute term.
+twice that of the plain formula (the reference in float32) plus the operator's absolute term; or a
+library is built and does not load.
 
 ``python -m rlhf_kernels integrations``: what the adapters would replace in the trainers that are
 installed beside this package, and what they leave alone and why. It imports these trainers.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import __version__, build_info
-from rlhf_kernels.backend import BACKENDS, why_not
+from rlhf_kernels.backend import BACKENDS, LOADED, faulty, why_not
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, in_float64, outputs
 from rlhf_kernels.specs import SPECS
 
@@ -53,12 +54,15 @@ def _processor() -> str:
 
 
 def availability() -> list[str]:
-    """Operator x backend: "yes", or the number of the reason below the table."""
+    """Operator x backend: "yes", or "no" or "loaded" with the number of the reason below."""
     notes: list[str] = []
     rows = [["operator", *BACKENDS]]
     for spec in SPECS:
-        reasons = [why_not(spec.name, backend) for backend in BACKENDS]
-        rows.append([spec.name, *(_noted("no", r, notes) if r else "yes" for r in reasons)])
+        cells = [spec.name]
+        for reason in (why_not(spec.name, backend) for backend in BACKENDS):
+            word = "loaded" if reason == LOADED else "no"
+            cells.append(_noted(word, reason, notes) if reason else "yes")
+        rows.append(cells)
     return _columns(rows) + _numbered(notes)
 
 
@@ -154,6 +158,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     print(*_columns(versions()), "", sep="\n")
     print("Which backend runs which operator:", *availability(), "", sep="\n")
     lines, good = self_check()
+    if faulty:  # what is not there cannot be checked, and is no success
+        lines, good = [*lines, *faulty], False
     print("Self-check, largest error against float64 (float32, forward and gradient):")
     print(*lines, "", "all checks passed" if good else "a check FAILED", sep="\n")
     return 0 if good else 1

@@ -23,10 +23,14 @@ import torch
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 _FOLDER = Path(__file__).parent
 _SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+faulty: list[str] = []  # which libraries are built and do not load here, and why
 
 
 def _load_library(name: str) -> str | None:
-    """Load ``lib<name>`` so that its kernels register themselves; the reason if that fails."""
+    """Load ``lib<name>`` so that its kernels register themselves; the reason if that fails.
+
+    One that is built and does not load is a fault of the installation, and warned of at once.
+    """
     path = _FOLDER / f"lib{name}{_SUFFIX}"
     if not path.exists():
         return (
@@ -35,7 +39,13 @@ def _load_library(name: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path.name} does not load: {error}"
+        cause: BaseException = error  # torch says which file; what it was raised from says why
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = f"{path.name} does not load: {cause}"
+        warnings.warn(f"{reason}; its kernels are left out", RuntimeWarning, stacklevel=2)
+        faulty.append(reason)
+        return reason
     return None
 
 
@@ -71,6 +81,9 @@ _library_problem = {
     "triton": _triton_problem(),
     "cuda": _cuda_problem(),
 }
+# A torch with CUDA on a machine without a GPU is common: a laptop, a login node, CI.
+LOADED = "the kernels are built and loaded, but there is no GPU to run them"
+_device_problem = {"cpu": None, "cuda": None if torch.cuda.is_available() else LOADED}
 _module = _load_module()
 
 
@@ -123,7 +136,7 @@ def define(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         missing = [name for name in schemas if not has(f"rlhf_kernels::{name}", key)]
         reason = f"no {key} kernel is registered for {', '.join(missing)}" if missing else None
-        _reasons[op, backend] = _library_problem[backend] or reason
+        _reasons[op, backend] = _library_problem[backend] or reason or _device_problem[backend]
     file = f"{op}_triton.py"
     missing_file = None if (_FOLDER / file).exists() else f"there is no {file}"
     _reasons[op, "triton"] = _library_problem["triton"] or missing_file

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlhf_kernels import linear_chunks
-from rlhf_kernels.backend import INTERPRETING, why_not
+from rlhf_kernels.backend import INTERPRETING, faulty, why_not
 
 # Under Triton's interpreter (a process of its own, with small shapes) only that backend is tested.
 _GPU = torch.cuda.is_available() and not INTERPRETING
@@ -32,7 +32,8 @@ def device(request: pytest.FixtureRequest) -> str:
 def backend(request: pytest.FixtureRequest, device: str) -> str:
     """A backend that runs on ``device``, for the argument ``backend=``.
 
-    A backend that this installation lacks is skipped with the reason. One operator stands for all:
+    A backend that this installation lacks is skipped with the reason; a library that is built and
+    does not load fails. One operator stands for all:
     an operator that misses in a library that is there fails its tests (in that of CUDA, which has
     not got all, it skips them). A test that does not ask for ``device`` makes CPU tensors.
     """
@@ -42,7 +43,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
     if (needs := _NEEDS.get(name, device)) != device:
         pytest.skip(f"backend {name} needs {needs} tensors")
     if reason := why_not("token_logprob", name):
-        pytest.skip(f"backend {name}: {reason}")
+        (pytest.fail if reason in faulty else pytest.skip)(f"backend {name}: {reason}")
     return name
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,24 @@ def test_gpu_gate_records_the_tests(tmp_path):
     assert status == 0, printed
     assert result["tests"]["counts"] == {"passed": 1} and result["tests"]["failed"] is None
     assert [case["op"] for case in result["cases"]] == ["kl_estimate"]
+
+
+def test_gpu_gate_fails_where_a_built_library_does_not_load(benchmarks, monkeypatch, tmp_path):
+    import gpu_gate
+
+    assert gpu_gate.faults() is None
+    shutil.copytree(
+        ROOT / "rlhf_kernels",
+        tmp_path / "rlhf_kernels",
+        ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.dylib"),
+    )
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    for name in ("cpu", "cuda"):
+        (tmp_path / "rlhf_kernels" / f"librlhf_kernels_{name}.{suffix}").write_bytes(b"no library")
+    monkeypatch.setattr(gpu_gate, "ROOT", tmp_path)
+    record = gpu_gate.build(tmp_path, "9.0", 1.0)
+    assert record["cuda"] == "was there" and "does not load" in record["failed"]
+    assert not gpu_gate.good({"build": record, "tests": {}, "failed": []})
 
 
 def test_gpu_gate_records_failing_tests(benchmarks, tmp_path):

@@ -130,7 +130,12 @@ def test_asking_for_a_backend_that_cannot_run_raises(without_extension, tmp_path
     assert result.returncode != 0
     error = result.stderr.strip().splitlines()[-1]
     assert error.startswith("RuntimeError: RLHF_KERNELS_BACKEND: 'cpu' cannot run gae: librlhf")
+    cause = "file too short" if sys.platform == "linux" else ""
     assert ("does not load" if broken else "is not built") in error
+    assert not broken or cause in error  # the first one, not that loading failed
+    assert ("RuntimeWarning: librlhf" in result.stderr) == broken
+    status = run("-m", "rlhf_kernels", cwd=tmp_path, package=without_extension).returncode
+    assert status == int(broken)  # what is not built is no fault; what does not load is one
 
 
 def test_unknown_backend(monkeypatch):
