@@ -109,9 +109,11 @@ def read_rankings(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) 
             prompt, completions = _answers(row, named, tokenizer)
             return Ranking(Prompt.at(prompt, where), tuple(completions), ranks)
         named = {key: _given(row, key) for key in ("chosen", "rejected")}
-        if "prompt" in row or "messages" in row:
+        whole = all(isinstance(chat, list) for chat in named.values())
+        asked = "messages" in row or isinstance(row.get("prompt"), list)
+        if asked or ("prompt" in row and not whole):
             prompt, completions = _answers(row, named, tokenizer)
-        else:
+        else:  # a plain prompt beside whole chats is in them
             prompt, completions = _chats(named, tokenizer)
         return comparison(Prompt.at(prompt, where), *completions)
 

@@ -54,6 +54,11 @@ def comparison_lines() -> dict[str, dict]:
         "messages": {"messages": QUESTION, "chosen": answer("b"), "rejected": answer("b b")},
         "prompt as messages": {"prompt": QUESTION, "chosen": answer("b"), "rejected": "b b"},
         "whole chats": {"chosen": QUESTION + answer("b"), "rejected": QUESTION + answer("b b")},
+        "whole chats beside a prompt": {
+            "prompt": "say b",
+            "chosen": QUESTION + answer("b"),
+            "rejected": QUESTION + answer("b b"),
+        },
         "transcripts": {"chosen": f"{TRANSCRIPT} b", "rejected": f"{TRANSCRIPT} b b"},
         "ranked": {"messages": QUESTION, "completions": ["b b", answer("b")], "ranks": [2, 1]},
     }

@@ -285,10 +285,9 @@ def test_reward_model_scores_the_response_cut_at_eos(ppo_config, make_model, tok
             assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
 
 
-def test_models_of_another_tokenizer_are_refused_before_the_run(
-    ppo_config, make_model, make_tokenizer, tmp_path
-):
-    """A reward model from a folder, and one in memory that train_reward made; a value function."""
+def test_reward_model_of_another_vocabulary(ppo_config, make_model, make_tokenizer, tmp_path):
+    """Refused before the run (trl 1674): one from a folder, one in memory that train_reward made,
+    and a value function."""
     tokenizer, other = make_tokenizer(), make_tokenizer()
     vocabulary = other.get_vocab() | {"a": 6, "b": 5}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

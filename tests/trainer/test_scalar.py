@@ -63,10 +63,9 @@ def stock_scores(folder, rows, side):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", *CONFIGS])
-def test_a_saved_reward_model_scores_in_transformers_what_it_scored_here(
-    make_model, without_pad, tmp_path, kind, side
-):
-    """pad == eos in the tokenizer that comes in; the scores of the reference average 0."""
+def test_scoring_position_when_pad_is_eos(make_model, without_pad, tmp_path, kind, side):
+    """A saved reward model scores in transformers what it scored here, the mean of 0 included
+    (transformers 35352, 35909: the position before an eos that pads as well)."""
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(CONFIGS[kind]()) if kind in CONFIGS else make_model(kind)
     tokenizer = own_pad(without_pad, [1])

@@ -226,9 +226,8 @@ def test_checkpoints_are_loadable_models(
     assert isinstance(AutoModelForCausalLM.from_pretrained(checkpoint / "model"), type(model))
 
 
-def test_what_cannot_be_saved_is_found_before_training(
-    sft_config, make_model, tokenizer, demonstrations
-):
+def test_unsavable_generation_config(sft_config, make_model, tokenizer, demonstrations):
+    """Found before training, not at its end (transformers 29988)."""
     model, config = make_model(), sft_config()
     model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
     with pytest.raises(ConfigError, match=r"model: expected settings .*temperature"):

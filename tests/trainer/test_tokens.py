@@ -32,8 +32,8 @@ def test_turns_close_with_the_templates_token(tokenizer, chat_tokenizer, make_mo
     assert closing_ids(chat_tokenizer) == [1]
 
 
-def test_stop_ids_of_the_generation_settings_end_a_response(make_model, tokenizer):
-    """eos_token_id: [1, 5], of which the tokenizer knows 1."""
+def test_list_of_eos_ids(make_model, tokenizer):
+    """All of generation_config's eos_token_id: [1, 5] end a response (trl 7039)."""
     probability = torch.full((13,), 0.4 / 11)
     probability[1] = probability[5] = 0.3
     model = make_model()
