@@ -147,8 +147,9 @@ class SFTConfig(_SupervisedConfig):
     """Supervised fine-tuning on demonstrations.
 
     Each line of the data holds {"prompt", "response"}, or {"messages": [{"role", "content"}, ...]}
-    whose last message is the assistant's (rendered with the tokenizer's chat template, or as
-    "\\n\\nHuman: ...\\n\\nAssistant:" where it has none).
+    whose last message is the assistant's. In every stage text is taken as it is, and messages are
+    rendered with the tokenizer's chat template, or as "\\n\\nHuman: ...\\n\\nAssistant:" where it
+    has none.
     """
 
     stage = "sft"
@@ -178,9 +179,10 @@ class SFTConfig(_SupervisedConfig):
 class RewardConfig(_SupervisedConfig):
     """Reward model from human preferences.
 
-    Each line of the data holds {"prompt", "chosen", "rejected"}, or HH-RLHF transcripts {"chosen",
-    "rejected"}, or {"prompt", "completions": [...], "ranks": [...]} with lower ranks better and
-    ties allowed.
+    Each line of the data holds {"prompt", "chosen", "rejected"}, or {"prompt", "completions":
+    [...], "ranks": [...]} with lower ranks better and ties allowed, or the same with "messages"
+    that end before the assistant's turn in place of "prompt"; or whole chats {"chosen",
+    "rejected"}: messages, or HH-RLHF transcripts. Answers to messages are text or messages.
     """
 
     stage = "reward"

@@ -21,15 +21,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_trainer.chat import (
+    TURN,
+    Messages,
+    check_answer,
+    check_question,
+    check_unicode,
+    read_transcript,
+    render,
+    render_turn,
+)
 from rlhf_trainer.config import DataError
+from rlhf_trainer.tokens import closing_ids
 
 IGNORE = -100  # the ignore_index of rlhf_kernels
-TURN = "\n\nAssistant:"  # what opens the assistant's turn in an HH-RLHF transcript
 ERRORS_SHOWN = 5
 LARGEST_RANK = torch.finfo(torch.float32).max
 
 Example = TypeVar("Example")
-Messages = list[dict[str, str]]
 
 
 class Prompt(str):
@@ -70,60 +79,43 @@ def comparison(prompt: str, chosen: str, rejected: str) -> Ranking:
 def read_demonstrations(
     path: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Demonstration]:
-    """Read {"prompt", "response"} or {"messages"} lines; the tokenizer's chat template renders
-    messages.
+    """Read {"prompt", "response"} or {"messages"} lines; chats are rendered as chat.py says.
 
     Raises DataError that lists the first bad lines.
     """
 
     def parse(row: dict[str, Any], where: str) -> Demonstration:
-        if "messages" in row:
-            messages = _messages(row)
-            if messages[-1]["role"] != "assistant":
-                raise ValueError(
-                    "messages: expected the last one from the assistant, "
-                    f"got one from {messages[-1]['role']!r}"
-                )
-            if not messages[-1]["content"].strip():
-                raise ValueError(
-                    f"messages[{len(messages) - 1}].content: expected an answer, got blank text"
-                )
-            prompt = render(messages[:-1], tokenizer)
-            whole = render(messages, tokenizer)
-            if not whole.startswith(prompt):
-                raise ValueError(
-                    "messages: the chat template changes the prompt when the answer is added"
-                )
-            return Demonstration(Prompt.at(prompt, where), whole[len(prompt) :])
-        return Demonstration(Prompt.at(_text(row, "prompt"), where), _text(row, "response"))
+        if "messages" in row and "response" not in row:
+            messages = check_answer(row["messages"], "messages")
+            prompt, response = render_turn(messages[:-1], messages[-1:], tokenizer)
+        else:
+            prompt, (response,) = _answers(row, {"response": _given(row, "response")}, tokenizer)
+        return Demonstration(Prompt.at(prompt, where), response)
 
     return _read(path, parse)
 
 
-def read_rankings(path: Path) -> list[Ranking]:
-    """Read {"prompt", "chosen", "rejected"}, {"prompt", "completions", "ranks"} or HH-RLHF
-    {"chosen", "rejected"} lines.
+def read_rankings(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Ranking]:
+    """Read {"prompt", "chosen", "rejected"} or {"prompt", "completions", "ranks"} lines, with
+    "messages" in place of "prompt" for chats, or whole chats {"chosen", "rejected"}, as messages or
+    as HH-RLHF's transcripts.
 
     Raises DataError that lists the first bad lines.
     """
 
     def parse(row: dict[str, Any], where: str) -> Ranking:
         if "completions" in row:
-            return _ranking(row, where)
-        chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-        if "prompt" in row:
-            return comparison(Prompt.at(_text(row, "prompt"), where), chosen, rejected)
-        # What the two share may run on into the answers: the cut is at the last turn they both
-        # open.
-        pairs = enumerate(zip(chosen, rejected, strict=False))
-        shared = next((k for k, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-        start = chosen.rfind(TURN, 0, shared)
-        if start < 0:
-            raise ValueError(
-                f"chosen, rejected: expected transcripts that share a prefix up to {TURN!r}"
-            )
-        cut = start + len(TURN)
-        return comparison(Prompt.at(chosen[:cut], where), chosen[cut:], rejected[cut:])
+            named, ranks = _ranked(row)
+            prompt, completions = _answers(row, named, tokenizer)
+            return Ranking(Prompt.at(prompt, where), tuple(completions), ranks)
+        named = {key: _given(row, key) for key in ("chosen", "rejected")}
+        whole = all(isinstance(chat, list) for chat in named.values())
+        asked = "messages" in row or isinstance(row.get("prompt"), list)
+        if asked or ("prompt" in row and not whole):
+            prompt, completions = _answers(row, named, tokenizer)
+        else:  # a plain prompt beside whole chats is in them
+            prompt, completions = _chats(named, tokenizer)
+        return comparison(Prompt.at(prompt, where), *completions)
 
     return _read(path, parse)
 
@@ -135,14 +127,69 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -
     """
 
     def parse(row: dict[str, Any], where: str) -> str:
-        if "messages" not in row:
-            return Prompt.at(_text(row, "prompt"), where)
-        messages = _messages(row)
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("messages: expected the last one before the assistant's turn")
-        return Prompt.at(render(messages, tokenizer), where)
+        question = _question(row)
+        text = question if isinstance(question, str) else render(question, tokenizer)
+        return Prompt.at(text, where)
 
     return _read(path, parse)
+
+
+def _question(row: dict[str, Any]) -> str | Messages:
+    """What an answer follows: a line's "messages", or its "prompt", which may hold messages too."""
+    key = "messages" if "messages" in row else "prompt"
+    if key == "messages" or isinstance(row.get(key), list):
+        return check_question(row[key], key)
+    return _text(row, key)
+
+
+def _answers(
+    row: dict[str, Any], named: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[str, list[str]]:
+    """(prompt, responses) as text: a plain prompt takes plain responses as they are, messages take
+    text or messages."""
+    question = _question(row)
+    if isinstance(question, str):
+        return question, [_text(named, name) for name in named]
+    turns = []
+    for name, answer in named.items():
+        if not isinstance(answer, list):
+            answer = [{"role": "assistant", "content": _text(named, name)}]
+        turns.append(render_turn(question, check_answer(answer, name), tokenizer))
+    return turns[0][0], [response for _, response in turns]
+
+
+def _chats(
+    named: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[str, list[str]]:
+    """(prompt, responses) of two whole chats, cut at the last turn of the assistant that both
+    open."""
+    if not any(isinstance(chat, list) for chat in named.values()):
+        texts = [_text(named, name) for name in named]
+        if tokenizer is None or tokenizer.chat_template is None:
+            return _cut_transcripts(*texts)
+        named = {name: read_transcript(text, name) for name, text in named.items()}
+    one, two = (check_answer(chat, name) for name, chat in named.items())
+    pairs = enumerate(zip(one, two, strict=False))
+    shared = next((k for k, (a, b) in pairs if a != b), min(len(one), len(two)) - 1)
+    while shared >= 0 and not one[shared]["role"] == two[shared]["role"] == "assistant":
+        shared -= 1
+    if shared < 0:
+        raise ValueError("chosen, rejected: expected chats that share what comes before an answer")
+    turns = [render_turn(one[:shared], chat[shared:], tokenizer) for chat in (one, two)]
+    return turns[0][0], [response for _, response in turns]
+
+
+def _cut_transcripts(chosen: str, rejected: str) -> tuple[str, list[str]]:
+    # What the two share may run on into the answers: the cut is at the last turn they both open.
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((k for k, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    start = chosen.rfind(TURN, 0, shared)
+    if start < 0:
+        raise ValueError(
+            f"chosen, rejected: expected transcripts that share a prefix up to {TURN!r}"
+        )
+    cut = start + len(TURN)
+    return chosen[:cut], [chosen[cut:], rejected[cut:]]
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any], str], Example]) -> list[Example]:
@@ -184,36 +231,25 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path}: cannot be read after line {number}: {error}") from error
 
 
-def _text(row: dict[str, Any], key: str) -> str:
+def _given(row: dict[str, Any], key: str) -> Any:
     if key not in row:
         raise ValueError(f"missing key {key!r}; the line has {', '.join(map(repr, row)) or 'none'}")
-    if not isinstance(row[key], str):
+    return row[key]
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    if not isinstance(_given(row, key), str):
         raise ValueError(f"{key}: expected a string, got {type(row[key]).__name__}")
     if not row[key]:
         raise ValueError(f"{key}: expected text, got an empty string")
-    return _unicode(row[key], key)
+    return check_unicode(row[key], key)
 
 
-def _unicode(text: str, name: str) -> str:
-    """The text; JSON can write half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise ValueError(
-            f"{name}: expected Unicode text, got the lone surrogate {half!r}"
-        ) from None
-    return text
-
-
-def _ranking(row: dict[str, Any], where: str) -> Ranking:
-    prompt, completions, ranks = _text(row, "prompt"), row["completions"], row.get("ranks")
+def _ranked(row: dict[str, Any]) -> tuple[dict[str, Any], tuple[float, ...]]:
+    """The completions by the names that errors give them, and their ranks."""
+    completions, ranks = row["completions"], row.get("ranks")
     if not isinstance(completions, list) or len(completions) < 2:
-        raise ValueError("completions: expected a list of two or more strings")
-    for k, completion in enumerate(completions):
-        if not isinstance(completion, str) or not completion:
-            raise ValueError(f"completions[{k}]: expected text, got {completion!r}")
-        _unicode(completion, f"completions[{k}]")
+        raise ValueError("completions: expected a list of two or more answers")
     if not isinstance(ranks, list) or len(ranks) != len(completions):
         raise ValueError(f"ranks: expected a list of {len(completions)} numbers, got {ranks!r}")
     for k, rank in enumerate(ranks):
@@ -222,47 +258,8 @@ def _ranking(row: dict[str, Any], where: str) -> Ranking:
             raise ValueError(
                 f"ranks[{k}]: expected a number that float32 holds, got {reprlib.repr(rank)}"
             )
-    return Ranking(Prompt.at(prompt, where), tuple(completions), tuple(map(float, ranks)))
-
-
-def _messages(row: dict[str, Any]) -> Messages:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("messages: expected a list of one or more messages")
-    for k, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"messages[{k}]: expected an object, got {type(message).__name__}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"messages[{k}].{key}: expected a string, got {message.get(key)!r}"
-                )
-            _unicode(message[key], f"messages[{k}].{key}")
-        if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(
-                f"messages[{k}].role: expected system, user or assistant, got {message['role']!r}"
-            )
-    return messages
-
-
-def render(messages: Messages, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A chat as text: by the tokenizer's chat template, or as an HH-RLHF transcript where it has
-    none.
-
-    A chat that does not end with the assistant's message ends with what opens its turn.
-    """
-    open_turn = not messages or messages[-1]["role"] != "assistant"
-    if tokenizer is not None and tokenizer.chat_template is not None:
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=open_turn
-            )
-        except Exception as error:  # a template is a program, and may raise anything
-            raise ValueError(f"messages: the chat template refuses them: {error}") from error
-        return str(text)
-    opening = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": f"{TURN} "}
-    text = "".join(opening[message["role"]] + message["content"] for message in messages)
-    return text + TURN if open_turn else text
+    named = {f"completions[{k}]": completion for k, completion in enumerate(completions)}
+    return named, tuple(map(float, ranks))
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -299,15 +296,22 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 
 
 def encode_responses(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, eos: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_tokens: int | None,
+    eos: bool = True,
 ) -> list[list[int]]:
-    """Token ids of responses, closed with one eos (unless eos=False), then cut to max_tokens."""
-    close = [tokenizer.eos_token_id] if eos else []
+    """Token ids of responses, closed with one eos unless eos=False or their chat template closed
+    them, then cut to max_tokens."""
+    closing = closing_ids(tokenizer)
     # A chat template closes its turn itself, often with a newline behind it.
-    closed = str(tokenizer.eos_token)
+    closed = tuple(tokenizer.convert_ids_to_tokens(closing))
     texts = [text.rstrip() if text.rstrip().endswith(closed) else text for text in texts]
     encoded = _ids(tokenizer, texts, False)
-    return [(ids if ids[-1:] == close else ids + close)[:max_tokens] for ids in encoded]
+    if eos:
+        close = [tokenizer.eos_token_id]
+        encoded = [ids if ids and ids[-1] in closing else ids + close for ids in encoded]
+    return [ids[:max_tokens] for ids in encoded]
 
 
 def _ids(

@@ -39,9 +39,11 @@ from rlhf_trainer import world
 from rlhf_trainer.config import ConfigError, PPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.data import Demonstration, Encoded, Ranking, collate
 from rlhf_trainer.metrics import CURVES
-from rlhf_trainer.model import completion_hidden, respond, score_responses
+from rlhf_trainer.model import completion_hidden
 from rlhf_trainer.ppo import PPO_OPS, exact_kl, train_ppo
 from rlhf_trainer.reward import REWARD_OPS, train_reward
+from rlhf_trainer.sampling import respond
+from rlhf_trainer.scalar import score_responses
 from rlhf_trainer.sft import SFT_OPS, train_sft
 from rlhf_trainer.state import check_backend, cosine, remove_run, write_json
 from rlhf_trainer.world import Task

@@ -1,10 +1,9 @@
-"""Models and tokenizers: loading, heads without logits, the scalar head, sampling."""
+"""Models and tokenizers: loading, heads without logits, saving."""
 
 from __future__ import annotations
 
-import copy
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedModel,
@@ -27,15 +24,8 @@ from transformers import (
 
 from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
 from rlhf_trainer.config import ConfigError
-from rlhf_trainer.data import (
-    Batch,
-    Encoded,
-    collate,
-    encode_prompts,
-    encode_responses,
-    left_pad,
-    micro_batches,
-)
+from rlhf_trainer.data import Batch
+from rlhf_trainer.tokens import conflict, keep_stops, token_count
 
 SCRATCH = "scratch:"
 SCRATCH_VOCABULARY = 4096
@@ -55,7 +45,20 @@ def load_tokenizer(tokenizer: str | None, model: str | None) -> PreTrainedTokeni
     # From a GPT-2 folder without a tokenizer comes one that knows no text at all.
     if len(loaded) <= len(loaded.all_special_ids):
         raise ConfigError(f"tokenizer: expected one in {spec}, got none")
+    if tokenizer is not None and model is not None and not model.startswith(SCRATCH):
+        check_same_ids(loaded, spec, model)
     return checked_tokenizer(loaded)
+
+
+def check_same_ids(tokenizer: PreTrainedTokenizerBase, spec: str, model: str) -> None:
+    """Raise ConfigError where ids of the tokenizer mean something else to the model, which the
+    tokenizer beside it tells; where there is none the sizes alone are checked, later."""
+    try:
+        own = load_pretrained(AutoTokenizer, "tokenizer", model)
+    except ConfigError:
+        return
+    if len(own) > len(own.all_special_ids) and (fault := conflict(tokenizer, own, extra=True)):
+        raise ConfigError(f"tokenizer: expected the ids of model {model}, got {spec}: {fault}")
 
 
 def load_pretrained(kind: Any, option: str, spec: str, **options: Any) -> Any:
@@ -66,6 +69,41 @@ def load_pretrained(kind: Any, option: str, spec: str, **options: Any) -> Any:
     except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{option}: cannot load one from {spec}: {reason}") from error
+
+
+def load_model(kind: Any, option: str, spec: str, exact: bool = True, **options: Any) -> Any:
+    """kind.from_pretrained(spec), every weight of it from there: where one is missing transformers
+    would draw it at random.
+
+    Tensors that the model has no place for are an error if exact, else they are named.
+    """
+    model, found = load_pretrained(
+        kind, option, spec, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    faults = {
+        "no tensor": sorted(found["missing_keys"]),
+        "another shape": [
+            f"{name} ({list(saved)} in place of {list(needed)})"
+            for name, saved, needed in sorted(found["mismatched_keys"])
+        ],
+        "no place": sorted(found["unexpected_keys"]),
+        "damage": sorted(found.get("error_msgs", [])),
+    }
+    if faults["no place"] and not exact:
+        print(f"{option}: {_some(faults.pop('no place'))} of {spec} are left out: no such weights")
+    for fault, names in faults.items():
+        if names:
+            raise ConfigError(
+                f"{option}: expected the weights of {type(model).__name__} in {spec}, "
+                f"got {fault} for {_some(names)}"
+            )
+    return model
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def checked_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -101,13 +139,13 @@ def load_causal_lm(spec: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0)
     """A causal language model in float32 from a folder, a hub name or "scratch:NAME"."""
     if spec.startswith(SCRATCH):
         return scratch_model(spec.removeprefix(SCRATCH), tokenizer, seed)
-    model = load_pretrained(AutoModelForCausalLM, "model", spec, dtype=torch.float32)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocabulary:
+    names = load_pretrained(AutoConfig, "model", spec).architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in names):
         raise ConfigError(
-            f"tokenizer: expected at most the {vocabulary} tokens of model {spec}, "
-            f"got {len(tokenizer)}"
+            f"model: expected a causal language model in {spec}, got {', '.join(names)}"
         )
+    model = load_model(AutoModelForCausalLM, "model", spec, exact=False, dtype=torch.float32)
+    check_vocabulary(model, tokenizer, f"model {spec}")
     return model
 
 
@@ -174,9 +212,14 @@ def set_dropout(model: nn.Module, p: float) -> None:
             module.p = 0.0 if name.rpartition(".")[2].startswith("att") else p
 
 
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model takes; None where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_length(model: PreTrainedModel, longest: int) -> None:
     """Raise ConfigError where the model has fewer positions than the longest sequence."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and longest > limit:
         raise ConfigError(
             "max_prompt_tokens + max_response_tokens: expected sequences of at most the model's "
@@ -184,242 +227,53 @@ def check_length(model: PreTrainedModel, longest: int) -> None:
         )
 
 
-# --- the scalar head ------------------------------------------------------------------------------
-
-
-class ScalarModel(nn.Module):
-    """A causal backbone with a scalar head: reward model and value function.
-
-    `model` is transformers' own ...ForSequenceClassification with one label, so a saved one is
-    loadable by AutoModelForSequenceClassification; the constant by which its scores are shifted is
-    `config.score_bias`.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        if getattr(model, "score", None) is None or model.config.num_labels != 1:
-            raise ConfigError(
-                "reward model: expected a sequence classifier with one label and a head `score`, "
-                f"got {type(model).__name__}"
-            )
-        self.model: Any = model
-
-    @classmethod
-    def from_causal_lm(cls, lm: PreTrainedModel, pad_token_id: int) -> ScalarModel:
-        """The backbone's weights copied, with a head drawn from N(0, 1/(d+1)) (Stiennon et al.
-        2020, appendix B)."""
-        config = copy.deepcopy(lm.config)
-        config.num_labels, config.pad_token_id = 1, pad_token_id
-        model = AutoModelForSequenceClassification.from_config(config, dtype=lm.dtype)
-        model.base_model.load_state_dict(lm.base_model.state_dict())
-        scalar = cls(model)
-        width = scalar.model.score.weight.shape[1]
-        nn.init.normal_(scalar.model.score.weight, std=(width + 1) ** -0.5)
-        return scalar.to(lm.device)
-
-    @classmethod
-    def load(cls, spec: str) -> ScalarModel:
-        """A saved reward model in float32."""
-        names = load_pretrained(AutoConfig, "reward_model", spec).architectures or []
-        if not any(name.endswith("ForSequenceClassification") for name in names):
-            raise ConfigError(
-                f"reward_model: expected a sequence classifier in {spec}, "
-                f"got {', '.join(names) or 'none'}"
-            )
-        kind = AutoModelForSequenceClassification
-        return cls(load_pretrained(kind, "reward_model", spec, dtype=torch.float32))
-
-    @property
-    def bias(self) -> float:
-        """What is added to every score."""
-        return float(getattr(self.model.config, "score_bias", 0.0))
-
-    @bias.setter
-    def bias(self, value: float) -> None:
-        self.model.config.score_bias = value
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Scores (B, T), one a position."""
-        hidden = self.model.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        head = self.model.score
-        # Out of autocast: two scores of a pair differ by less than bf16 resolves.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return head(hidden.to(head.weight.dtype)).squeeze(-1) + self.bias
-
-
-def sequence_scores(model: nn.Module, batch: Batch) -> Tensor:
-    """Scores (B,): those at the last valid token of each right-padded sequence."""
-    scores = model(**batch.inputs())
-    last = batch.attention_mask.sum(1, keepdim=True) - 1
-    return scores.gather(1, last).squeeze(1)
-
-
-@torch.no_grad()
-def score_rows(model: nn.Module, rows: Sequence[Encoded], pad: int, batch_size: int) -> Tensor:
-    """Scores (N,) of encoded sequences, without gradients, on the model's device."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    parts = [
-        sequence_scores(model, collate(chunk, pad).to(device))
-        for chunk in micro_batches(rows, batch_size)
-    ]
-    model.train(training)
-    return torch.cat(parts)
-
-
-def score_responses(
-    model: ScalarModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    *,
-    batch_size: int = 64,
-    eos: bool = True,
-) -> list[float]:
-    """Scores of responses given as text; eos=False scores them as cut off."""
-    encoded = encode_responses(
-        tokenizer, responses, model.model.config.max_position_embeddings, eos
-    )
-    rows = [Encoded(p, r) for p, r in zip(encode_prompts(tokenizer, prompts), encoded, strict=True)]
-    return score_rows(model, rows, tokenizer.pad_token_id, batch_size).tolist()
-
-
-# --- sampling -------------------------------------------------------------------------------------
-
-
-@dataclass
-class Samples:
-    """Sampled continuations: left-padded prompts of width P, then responses of width R."""
-
-    input_ids: Tensor  # (B, P + R)
-    attention_mask: Tensor  # (B, P + R)
-    mask: Tensor  # (B, R) bool: response tokens up to and with eos
-    ended: Tensor  # (B,) bool: whether eos came
-
-    @property
-    def prompt_width(self) -> int:
-        return self.input_ids.shape[1] - self.mask.shape[1]
-
-    @property
-    def tokens(self) -> Tensor:
-        """Response tokens (B, R); garbage where the mask is False."""
-        return self.input_ids[:, self.prompt_width :]
-
-    def responses(self) -> list[list[int]]:
-        """The valid response tokens of each row."""
-        return [row[keep].tolist() for row, keep in zip(self.tokens, self.mask, strict=True)]
-
-
-@torch.no_grad()
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    *,
-    max_response_tokens: int,
-    temperature: float = 1.0,
-    batch_size: int = 128,
-) -> Samples:
-    """Sample one continuation of each prompt from the model's whole distribution (temperature 0:
-    greedy)."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    prompt_ids, prompt_mask = (t.to(model.device) for t in left_pad(prompts, pad))
-    settings = GenerationConfig(
-        max_new_tokens=max_response_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        top_p=1.0 if temperature > 0 else None,
-        eos_token_id=eos,
-        pad_token_id=pad,
-    )
-    # generate() fills what is unset from the model's own settings: a repetition penalty or top_k
-    # there would sample from another distribution than the log-probabilities describe.
-    own, model.generation_config = model.generation_config, settings
-    training = model.training
-    model.eval()
-    parts = []
-    try:
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            output = model.generate(  # type: ignore[operator]
-                input_ids=prompt_ids[rows],
-                attention_mask=prompt_mask[rows],
-                generation_config=settings,
-            )
-            parts.append(output[:, prompt_ids.shape[1] :])
-    finally:
-        model.generation_config = own
-        model.train(training)
-    width = max(part.shape[1] for part in parts)
-    tokens = torch.cat([nn.functional.pad(p, (0, width - p.shape[1]), value=pad) for p in parts])
-    is_eos = tokens == eos
-    mask = is_eos.cumsum(1) - is_eos.long() == 0
-    return Samples(
-        input_ids=torch.cat([prompt_ids, tokens], 1),
-        attention_mask=torch.cat([prompt_mask, mask.long()], 1),
-        mask=mask,
-        ended=is_eos.any(1),
-    )
-
-
-@dataclass(frozen=True)
-class Response:
-    """A sampled response: its text without special tokens, its ids (eos included), whether it
-    ended."""
-
-    text: str
-    ids: list[int]
-    ended: bool
-
-
-def respond(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_response_tokens: int,
-    temperature: float = 1.0,
-    batch_size: int = 256,
-    seed: int | None = None,
-) -> list[Response]:
-    """Sampled answers to prompts given as text. With a seed, torch's random state is left as it
-    was."""
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        samples = sample(
-            model,
-            tokenizer,
-            encode_prompts(tokenizer, prompts),
-            max_response_tokens=max_response_tokens,
-            temperature=temperature,
-            batch_size=batch_size,
-        )
-    ids = samples.responses()
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    ended = samples.ended.tolist()
-    return [Response(*row) for row in zip(texts, ids, ended, strict=True)]
+# --- saving -------------------------------------------------------------------------------------
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights (safetensors), configuration and tokenizer in transformers' layout."""
-    inner: Any = model.model if isinstance(model, ScalarModel) else model
-    inner.save_pretrained(folder)
+    pretrained_part(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    mode = (folder / "config.json").stat().st_mode  # what the umask allows
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Load what save_model wrote into a model that exists."""
-    inner: Any = model.model if isinstance(model, ScalarModel) else model
-    saved = load_pretrained(type(inner), "checkpoint", str(folder), dtype=inner.dtype)
+    inner = pretrained_part(model)
+    saved = load_model(type(inner), "checkpoint", str(folder), dtype=inner.dtype)
     inner.load_state_dict(saved.state_dict())
-    if isinstance(model, ScalarModel):
-        model.bias = ScalarModel(saved).bias
+
+
+def pretrained_part(model: nn.Module) -> PreTrainedModel:
+    """transformers' own model: the one given, or the one inside it."""
+    return next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+
+
+def settle(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> None:
+    """Let the model stop where responses end, and check that it takes the tokenizer's ids and that
+    both can be saved.
+
+    transformers refuses some settings only when it saves them, which would be after the training.
+    """
+    inner = pretrained_part(model)
+    check_vocabulary(inner, tokenizer, name)
+    keep_stops(inner, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            inner.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{name}: expected settings that transformers can save, got {reason}"
+            ) from error
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ConfigError where the tokenizer makes ids that the model has no embedding for."""
+    embedding: Any = model.get_input_embeddings()
+    rows, needed = embedding.weight.shape[0], token_count(tokenizer)
+    if needed > rows:
+        raise ConfigError(f"tokenizer: expected at most the {rows} tokens of {name}, got {needed}")

@@ -43,18 +43,17 @@ from rlhf_trainer.data import (
 )
 from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
 from rlhf_trainer.model import (
-    Samples,
-    ScalarModel,
     check_head,
     check_length,
     checked_tokenizer,
     head_logits,
     load_causal_lm,
     load_tokenizer,
-    sample,
     save_model,
-    score_rows,
+    settle,
 )
+from rlhf_trainer.sampling import Samples, sample
+from rlhf_trainer.scalar import ScalarModel, score_rows
 from rlhf_trainer.state import (
     RunState,
     adam,
@@ -156,6 +155,9 @@ def train_ppo(
         policy = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
     if reward is None and reward_fn is None:
         reward = ScalarModel.load(config.require_given("reward_model"))
+    for name, given in (("reward_model", reward), ("value", value)):
+        if given is not None:
+            given.check_ids(name, tokenizer, prompts)
     if value is None:
         value = copy.deepcopy(reward) if reward else ScalarModel.from_causal_lm(policy, pad)
         value.requires_grad_(True)
@@ -163,6 +165,8 @@ def train_ppo(
     for model in (policy, value.model, *([reward.model] if reward else [])):
         check_length(model, longest)
     check_head(policy)
+    settle(policy, tokenizer)
+    settle(value, tokenizer, "value")
     reference = copy.deepcopy(policy).eval()
 
     actor, critic = accelerator.prepare_model(policy), accelerator.prepare_model(value)
@@ -200,19 +204,18 @@ def train_ppo(
         return [m for rows in order.split(size) for m in rows.split(config.micro_batch_size)]
 
     def score(samples: Samples, chosen: list[int]) -> tuple[Tensor, Tensor]:
-        """Scores (B,) of the responses cut at eos: as judged, and after the rule for a missing
-        eos."""
-        responses = samples.responses()
+        """Scores (B,) of the responses cut where they end: as judged, and after the rule for those
+        that do not."""
         if reward_fn is not None:
-            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            given = reward_fn([prompts[i] for i in chosen], texts)
+            given = reward_fn([prompts[i] for i in chosen], samples.texts(tokenizer))
             judged = torch.as_tensor(given, dtype=torch.float32).to(device)
             if judged.shape != (len(chosen),):
                 raise ValueError(
                     f"reward_fn: expected {len(chosen)} numbers, got {tuple(judged.shape)}"
                 )
         else:
-            rows = [Encoded(encoded[i], r) for i, r in zip(chosen, responses, strict=True)]
+            responses = zip(chosen, samples.responses(), strict=True)
+            rows = [Encoded(encoded[i], response) for i, response in responses]
             judged = score_rows(judge, rows, pad, config.rollout_batch_size)
         if config.missing_eos_score is not None:
             return judged, judged.masked_fill(~samples.ended, config.missing_eos_score)

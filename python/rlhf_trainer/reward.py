@@ -6,7 +6,8 @@ counts in one batch element, with one forward pass per completion; ties dropped;
 to a tenth of the peak; and a bias that makes the mean reward of a reference set 0. The head starts
 from N(0, 1/(d+1)) (Stiennon et al. 2020). Out: the sweep over seeds and learning rates; several
 processes; packing. The score of a sequence is the one at its last token: eos, or where the
-completion was cut.
+completion was cut. The head of transformers' classifiers has no bias: `center_scores` says what
+takes its place.
 """
 
 from __future__ import annotations
@@ -45,17 +46,16 @@ from rlhf_trainer.data import (
 )
 from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
 from rlhf_trainer.model import (
-    ScalarModel,
     check_length,
     checked_tokenizer,
     load_causal_lm,
     load_tokenizer,
     save_model,
-    score_rows,
-    sequence_scores,
     set_dropout,
+    settle,
     train_tokenizer,
 )
+from rlhf_trainer.scalar import ScalarModel, center_scores, sequence_scores
 from rlhf_trainer.state import (
     RunState,
     adam,
@@ -65,6 +65,7 @@ from rlhf_trainer.state import (
     start,
     write_json,
 )
+from rlhf_trainer.tokens import own_pad, stop_ids
 
 REWARD_OPS = ("pairwise_reward_loss", "ranking_reward_loss")  # of rlhf_kernels
 
@@ -105,9 +106,9 @@ def train_reward(
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
     if train is None:
-        train = read_rankings(config.require_given("train_file"))
+        train = read_rankings(config.require_given("train_file"), tokenizer)
     if heldout is None and config.heldout_file is not None:
-        heldout = read_rankings(config.heldout_file)
+        heldout = read_rankings(config.heldout_file, tokenizer)
     if heldout is None:
         train, heldout = split(train, [e.prompt for e in train], config.heldout_share, config.seed)
     if reference is None and config.reference_file is not None:
@@ -117,8 +118,13 @@ def train_reward(
     tokenizer = checked_tokenizer(tokenizer)
     if model is None:
         model = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
-    if not isinstance(model, ScalarModel):
+    tokenizer = own_pad(tokenizer, stop_ids(model, tokenizer))
+    if isinstance(model, ScalarModel):
+        model.set_pad(tokenizer.pad_token_id)
+    else:
         model = ScalarModel.from_causal_lm(model, tokenizer.pad_token_id)
+    model.tokenizer = tokenizer
+    settle(model, tokenizer)
     groups, held = (
         [
             group
@@ -228,14 +234,13 @@ def train_reward(
     bar.close()
     log.close()
     scorer = accelerator.unwrap_model(scorer, keep_fp32_wrapper=False).eval()
-    scores = score_rows(scorer, zero, pad, 2 * config.micro_batch_size)
-    scorer.bias -= scores.mean().item()
+    center_scores(scorer, zero, rows, pad, 2 * config.micro_batch_size)
     folder = config.output / "model"
     replace_folder(folder, partial(save_model, scorer, tokenizer))
     if config.plot:
         plot(log.history, config.output / CURVES)
     kernels = clock.report()
     write_json(config.output / KERNELS, kernels)
-    accuracy = log.history[-1].get("heldout_accuracy")
+    accuracy = evaluate()["heldout_accuracy"] if held else None  # of the centred scores
     seconds = time.perf_counter() - began
     return RewardResult(scorer, tokenizer, folder, log.history, accuracy, kernels, seconds)

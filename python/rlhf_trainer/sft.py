@@ -48,6 +48,7 @@ from rlhf_trainer.model import (
     load_weights,
     save_model,
     set_dropout,
+    settle,
     train_tokenizer,
 )
 from rlhf_trainer.state import (
@@ -108,6 +109,7 @@ def train_sft(
     tokenizer = checked_tokenizer(tokenizer)
     if model is None:
         model = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
+    settle(model, tokenizer)
     rows, held = (
         [
             row

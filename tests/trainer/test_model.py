@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import (
     AutoModelForSequenceClassification,
     CohereConfig,
@@ -15,7 +20,6 @@ from transformers import (
 from rlhf_trainer.config import ConfigError
 from rlhf_trainer.data import Encoded, collate, left_pad, positions
 from rlhf_trainer.model import (
-    ScalarModel,
     check_length,
     checked_tokenizer,
     completion_hidden,
@@ -23,15 +27,14 @@ from rlhf_trainer.model import (
     load_causal_lm,
     load_tokenizer,
     load_weights,
-    respond,
-    sample,
     save_model,
-    score_responses,
-    score_rows,
     scratch_model,
     set_dropout,
+    settle,
     train_tokenizer,
 )
+from rlhf_trainer.sampling import respond, sample
+from rlhf_trainer.scalar import ScalarModel, score_responses, score_rows
 
 KINDS = ["gpt2", "llama", "qwen2"]
 ROWS = [Encoded([3, 4, 5], [6, 1]), Encoded([3], [7, 8, 9, 1]), Encoded([3, 4], [1])]
@@ -80,7 +83,6 @@ def test_scalar_model_is_a_stock_classifier(make_model, tokenizer, tmp_path, sam
     lm = make_model(kind)
     model = ScalarModel.from_causal_lm(lm, pad_token_id=0).eval()
     assert torch.equal(model.model.get_input_embeddings().weight, lm.get_input_embeddings().weight)
-    model.bias = 0.5
     save_model(model, tokenizer, tmp_path / "saved")
     scores = score_rows(model, ROWS, 0, 2)
 
@@ -88,14 +90,12 @@ def test_scalar_model_is_a_stock_classifier(make_model, tokenizer, tmp_path, sam
     batch = collate(ROWS, 0)
     with torch.no_grad():
         logits = stock(batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
-    torch.testing.assert_close(scores, logits + 0.5)
+    torch.testing.assert_close(scores, logits)
 
     again = ScalarModel.load(str(tmp_path / "saved"))
-    assert again.bias == 0.5
     assert same_weights(again, model)
     other = ScalarModel.from_causal_lm(make_model(kind, seed=1), 0)
     load_weights(other, tmp_path / "saved")
-    assert other.bias == 0.5
     assert torch.equal(score_rows(other, ROWS, 0, 2), scores)
 
 
@@ -243,6 +243,121 @@ def test_model_folder_without_a_tokenizer(tmp_path, make_model, kind):
     make_model(kind).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"tokenizer: (expected one in|cannot load one from) /"):
         load_tokenizer(None, str(tmp_path))
+
+
+@pytest.fixture
+def without(make_model, tokenizer, tmp_path):
+    """without(*names): a folder with a Llama whose weights lack these tensors, or all of them in
+    one of two files; changed: tensors in place of its own."""
+
+    def make(*names: str, changed: dict | None = None, kind: str = "llama"):
+        save_model(make_model(kind), tokenizer, tmp_path)
+        path = tmp_path / "model.safetensors"
+        tensors = {**load_file(path), **(changed or {})}
+        save_file({k: t for k, t in tensors.items() if k not in names}, path, {"format": "pt"})
+        return str(tmp_path)
+
+    return make
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def test_missing_weights_are_refused_by_name(without, make_model, tokenizer):
+    """transformers draws them at random, in silence."""
+    folder = without(NORM, "lm_head.weight")
+    named = r"got no tensor for lm_head.weight, model.layers.1.input_layernorm.weight$"
+    with pytest.raises(ConfigError, match=r"model: expected the weights of LlamaFor.*" + named):
+        load_causal_lm(folder, tokenizer)
+    with pytest.raises(ConfigError, match=r"checkpoint: expected the weights of .*" + named):
+        load_weights(make_model("llama"), Path(folder))
+    folder = without(changed={NORM: torch.ones(31)})
+    with pytest.raises(ConfigError, match=r"another shape for .* \(\[31\] in place of \[32\]\)"):
+        load_causal_lm(folder, tokenizer)
+
+
+def test_tied_weights_are_not_missing(without, tokenizer):
+    load_causal_lm(without(kind="gpt2"), tokenizer)
+
+
+def test_tensors_without_a_place(without, make_model, tokenizer, capsys):
+    """A model may hold more than its text part; a checkpoint of our own may not."""
+    folder = without(changed={"vision.weight": torch.ones(3)})
+    load_causal_lm(folder, tokenizer)
+    assert "model: vision.weight of " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"got no place for vision\.weight"):
+        load_weights(make_model("llama"), Path(folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_model_is_no_causal_language_model(make_model, tokenizer, tmp_path, kind):
+    save_model(ScalarModel.from_causal_lm(make_model(kind), 0), tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match=r"expected a causal language model in .*SequenceClass"):
+        load_causal_lm(str(tmp_path), tokenizer)
+
+
+def test_a_missing_file_of_weights(make_model, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    with pytest.raises(ConfigError, match=r"model: (cannot load one|expected the weights)"):
+        load_causal_lm(str(tmp_path), tokenizer)
+
+
+def test_a_reward_model_without_its_head(make_model, tokenizer, tmp_path):
+    save_model(ScalarModel.from_causal_lm(make_model(), 0), tokenizer, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k: t for k, t in tensors.items() if k != "score.weight"}, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"reward_model: .* got no tensor for score.weight"):
+        ScalarModel.load(str(tmp_path))
+    head = {"score.bias": torch.ones(1)}  # which transformers leaves out of the score
+    save_file({**tensors, **head}, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"reward_model: .* got no place for score.bias"):
+        ScalarModel.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_saved_files_have_the_mode_that_the_umask_leaves(make_model, tokenizer, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_model(make_model(), tokenizer, tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
+    assert "model.safetensors" in modes
+
+
+def test_settings_that_cannot_be_saved_are_found_before_training(make_model, tokenizer):
+    model = make_model()
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    with pytest.raises(ConfigError, match=r"model: expected settings that .*temperature.*0\.6"):
+        settle(model, tokenizer)
+
+
+def test_saved_models_stop_where_they_were_taught_to(make_model, tokenizer, tmp_path):
+    """Stop ids of the model stay, and the tokenizer's eos joins them."""
+    for own, kept in (([1, 5], [1, 5]), (1, 1), (5, [5, 1]), (None, 1), ([5, 6], [5, 6, 1])):
+        model = make_model()
+        model.generation_config.eos_token_id = own
+        settle(model, tokenizer)
+        save_model(model, tokenizer, tmp_path)
+        assert load_causal_lm(str(tmp_path), tokenizer).generation_config.eos_token_id == kept
+
+
+def test_tokenizer_of_another_model(make_model, make_tokenizer, tmp_path):
+    save_model(make_model(), make_tokenizer(), tmp_path / "model")
+    make_tokenizer("<eos>").save_pretrained(tmp_path / "same")
+    load_tokenizer(str(tmp_path / "same"), str(tmp_path / "model"))
+    other = make_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"tokenizer: expected the ids of model .*: they split"):
+        load_tokenizer(str(tmp_path / "other"), str(tmp_path / "model"))
+    make_model().save_pretrained(tmp_path / "bare")  # nothing beside it to compare with
+    load_tokenizer(str(tmp_path / "other"), str(tmp_path / "bare"))
 
 
 def test_damaged_model_folder_is_named_in_one_line(tmp_path, make_model, tokenizer):

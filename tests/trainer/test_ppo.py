@@ -7,15 +7,17 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import LMHead
 from rlhf_trainer import ppo
 from rlhf_trainer.cli import main
 from rlhf_trainer.config import ConfigError
-from rlhf_trainer.model import ScalarModel, save_model, score_responses
+from rlhf_trainer.model import save_model
 from rlhf_trainer.ppo import train_ppo
+from rlhf_trainer.scalar import ScalarModel, score_responses
 
 PROMPTS = ["say a", "say b twice c", "good", "say d e f a"]
 
@@ -257,7 +259,6 @@ def test_reward_model_scores_the_response_cut_at_eos(ppo_config, make_model, tok
     """The same training by a reward function that scores prompt, response and eos on its own."""
     torch.manual_seed(5)
     reward = ScalarModel.from_causal_lm(make_model(seed=3), 0)
-    reward.bias = 0.3
 
     def score(prompts, responses):
         return [
@@ -282,6 +283,50 @@ def test_reward_model_scores_the_response_cut_at_eos(ppo_config, make_model, tok
     for one, two in zip(*histories, strict=True):
         for key in ("score", "reward", "value_loss", "policy_loss", "kl"):
             assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
+
+
+def test_reward_model_of_another_vocabulary(ppo_config, make_model, make_tokenizer, tmp_path):
+    """Refused before the run (trl 1674): one from a folder, one in memory that train_reward made,
+    and a value function."""
+    tokenizer, other = make_tokenizer(), make_tokenizer()
+    vocabulary = other.get_vocab() | {"a": 6, "b": 5}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    swapped = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    foreign = ScalarModel.from_causal_lm(make_model(seed=3), 0)
+    save_model(foreign, swapped, tmp_path / "folder")
+    foreign.tokenizer = swapped
+    small = ScalarModel.from_causal_lm(make_model(vocab_size=9), 0)
+    options = {"policy": make_model(), "tokenizer": tokenizer, "prompts": PROMPTS}
+    config = ppo_config(reward_model=str(tmp_path / "folder"))
+    for given, message in (
+        ({}, "reward_model: .* token 5 is 'a' here and 'b' there"),
+        ({"reward": foreign}, "reward_model: .* token 5 is 'a' here and 'b' there"),
+        ({"reward": small}, "at most the 9 tokens of reward_model, got 13"),
+        ({"reward_fn": count_good, "value": foreign}, "value: .* token 5 is 'a' here"),
+        ({"reward_fn": count_good, "value": small}, "at most the 9 tokens of value, got 13"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train_ppo(config, **options, **given)
+    assert not (config.output / "metrics.jsonl").exists()
+    with pytest.raises(ConfigError, match="token 5 is 'a' here and 'b' there"):
+        score_responses(foreign, tokenizer, ["say a"], ["b"])
+
+
+def test_stop_ids_of_the_policy_count_as_ended(ppo_config, make_model, tokenizer):
+    """With eos_token_id [1, 5] fewer responses are cut, and the saved policy keeps both."""
+    rates = {}
+    for stops in (1, [1, 5]):
+        policy = make_model()
+        policy.generation_config.eos_token_id = stops
+        result = train_ppo(
+            ppo_config(str(stops), episodes=64, batch_size=64), policy=policy, tokenizer=tokenizer,
+            reward_fn=count_good, prompts=PROMPTS,
+        )  # fmt: skip
+        rates[str(stops)] = result.history[0]["eos_rate"]
+        saved = AutoModelForCausalLM.from_pretrained(result.folder)
+        assert saved.generation_config.eos_token_id == stops
+    assert rates["[1, 5]"] > rates["1"] + 0.1
 
 
 def test_value_function_starts_from_the_reward_model(ppo_config, make_model, tokenizer):

@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_trainer.cli import main
 from rlhf_trainer.config import ConfigError
 from rlhf_trainer.data import Demonstration, Ranking
-from rlhf_trainer.model import ScalarModel, score_responses
 from rlhf_trainer.reward import train_reward
+from rlhf_trainer.scalar import ScalarModel, score_responses
 
 HH = Path(__file__).parents[2] / ".." / "shared" / "data" / "hh_rlhf_harmless_base.jsonl.gz"
 
@@ -128,11 +128,14 @@ def test_reference_backend_gives_the_same_curve(
         assert one == pytest.approx(two, rel=1e-4)
 
 
-def test_bias_makes_the_reference_answers_average_zero(reward_config, make_model, tokenizer, pairs):
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_scores_of_the_reference_answers_average_zero(
+    reward_config, make_model, tokenizer, pairs, kind
+):
     reference = [Demonstration("say a", "a good"), Demonstration("say b", "b good")]
     result = train_reward(
         reward_config(epochs=8),
-        model=make_model(),
+        model=make_model(kind),
         tokenizer=tokenizer,
         train=pairs,
         reference=reference,
@@ -141,7 +144,10 @@ def test_bias_makes_the_reference_answers_average_zero(reward_config, make_model
     good, also, bad = score_responses(result.model, tokenizer, ["say a", "say b", "say a"], answers)
     assert good + also == pytest.approx(0, abs=1e-5)
     assert bad < -0.5
-    assert ScalarModel.load(str(result.folder)).bias == result.model.bias != 0
+    again = ScalarModel.load(str(result.folder))
+    assert score_responses(again, tokenizer, ["say a"], ["a good"]) == pytest.approx(
+        [good], abs=1e-5
+    )
 
 
 def test_bad_reference_answers_are_found_before_training(
@@ -170,7 +176,6 @@ def test_resumed_run_equals_the_uninterrupted_one(
     resumed = train_reward(config, model=make_model(seed=9), **data)
     assert same_weights(resumed.model, whole.model)
     assert untimed(resumed.history) == untimed(whole.history)
-    assert resumed.model.bias == whole.model.bias
 
 
 def test_rankings_without_an_order_are_dropped(reward_config, make_model, tokenizer, pairs, capsys):
@@ -203,4 +208,4 @@ def test_reward_on_real_preferences_by_the_command_line(tmp_path):
     last = [row["accuracy"] for row in rows if row["epoch"] > 2]
     assert sum(last) / len(last) > 0.75
     assert rows[-1]["heldout_accuracy"] is not None
-    assert ScalarModel.load(str(output / "model")).bias != 0
+    ScalarModel.load(str(output / "model"))

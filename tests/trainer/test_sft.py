@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_trainer.cli import main
 from rlhf_trainer.config import ConfigError
 from rlhf_trainer.data import Demonstration
-from rlhf_trainer.model import respond
+from rlhf_trainer.sampling import respond
 from rlhf_trainer.sft import train_sft
 
 
@@ -224,6 +224,24 @@ def test_checkpoints_are_loadable_models(
     (checkpoint,) = config.output.glob("checkpoint-*")
     assert list((checkpoint / "model").glob("*.safetensors"))
     assert isinstance(AutoModelForCausalLM.from_pretrained(checkpoint / "model"), type(model))
+
+
+def test_unsavable_generation_config(sft_config, make_model, tokenizer, demonstrations):
+    """Found before training, not at its end (transformers 29988)."""
+    model, config = make_model(), sft_config()
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    with pytest.raises(ConfigError, match=r"model: expected settings .*temperature"):
+        train_sft(config, model=model, tokenizer=tokenizer, train=demonstrations)
+    assert not (config.output / "metrics.jsonl").exists()
+    assert not (config.output / "model").exists()
+
+
+def test_tokens_without_an_embedding_are_refused(sft_config, make_model, tokenizer, demonstrations):
+    """In memory too, where no folder names the sizes."""
+    with pytest.raises(ConfigError, match="at most the 9 tokens of model, got 13"):
+        train_sft(
+            sft_config(), model=make_model(vocab_size=9), tokenizer=tokenizer, train=demonstrations
+        )
 
 
 def test_long_prompts_are_dropped_and_long_responses_cut(sft_config, make_model, tokenizer, capsys):
