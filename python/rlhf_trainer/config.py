@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ Own: none of them says.
 """
 
 
+SPECS = ("model", "tokenizer", "reward_model")  # a folder, or the name of something that is none
+
+
 class ConfigError(ValueError):
     """An option that cannot be used: its name, what was expected, what came."""
 
@@ -29,7 +33,25 @@ class DataError(ValueError):
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class Options:
+    """Options as they come: from Python, YAML or the command line they end as the same values."""
+
+    def __post_init__(self) -> None:
+        self.convert()
+
+    def convert(self) -> None:
+        """Give every option its type, with ~ as the home folder; raise ConfigError for a value that
+        has none."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _convert(getattr(self, field.name), hints[field.name], field.name)
+            if field.name in SPECS and value is not None:
+                value = os.path.expanduser(value)
+            setattr(self, field.name, value)
+
+
+@dataclass(kw_only=True)
+class RunConfig(Options):
     """Options that every stage shares."""
 
     stage: ClassVar[str]
@@ -88,6 +110,7 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that cannot be used."""
+        self.convert()  # again: an option may have been set since
         for name, value in vars(self).items():
             parts = value if isinstance(value, tuple) else (value,)
             finite = all(math.isfinite(part) for part in parts if isinstance(part, float))
@@ -306,8 +329,9 @@ def load_yaml(kind: type[Config], path: Path) -> Config:
     """
     import yaml  # here, as it is not there without the extra `train`
 
+    path = Path(os.path.expanduser(path))
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if values is None:
@@ -325,8 +349,8 @@ def load_yaml(kind: type[Config], path: Path) -> Config:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """A YAML value as the annotated type: YAML 1.1 reads 1e-5 as a string, and knows no paths or
-    tuples."""
+    """A value as the annotated type: YAML 1.1 reads 1e-5 as a string, and neither it nor a Python
+    caller needs to know of paths or tuples."""
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -336,18 +360,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     try:
         if origin is Literal and value in typing.get_args(hint):
             return value
-        if origin is tuple and isinstance(value, list) and len(value) == len(typing.get_args(hint)):
-            return tuple(
-                _convert(v, h, where) for v, h in zip(value, typing.get_args(hint), strict=True)
-            )
+        parts = typing.get_args(hint)
+        if origin is tuple and isinstance(value, list | tuple) and len(value) == len(parts):
+            return tuple(_convert(v, h, where) for v, h in zip(value, parts, strict=True))
         if hint is bool and isinstance(value, bool):
             return value
         if hint is float and not isinstance(value, bool):
             return float(value)
         if hint is int and not isinstance(value, bool) and int(value) == float(value):
             return int(value)
-        if hint in (str, Path) and isinstance(value, str):
-            return hint(value)
+        if hint is str and isinstance(value, str | Path):
+            return str(value)
+        if hint is Path and isinstance(value, str | Path):
+            return Path(os.path.expanduser(value))
     except (TypeError, ValueError, OverflowError):
         pass
     name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
