@@ -36,6 +36,7 @@ from rlhf_trainer.data import (
     left_pad,
     micro_batches,
 )
+from rlhf_trainer.sources import locate
 
 SCRATCH = "scratch:"
 SCRATCH_VOCABULARY = 4096
@@ -61,8 +62,9 @@ def load_tokenizer(tokenizer: str | None, model: str | None) -> PreTrainedTokeni
 def load_pretrained(kind: Any, option: str, spec: str, **options: Any) -> Any:
     """kind.from_pretrained(spec); what is wrong with the folder becomes a ConfigError of one
     line."""
+    folder, found = locate(option, spec)
     try:
-        return kind.from_pretrained(spec, **options)
+        return kind.from_pretrained(folder, **options, **found)
     except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{option}: cannot load one from {spec}: {reason}") from error
