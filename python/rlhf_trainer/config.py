@@ -21,6 +21,7 @@ Own: none of them says.
 """
 
 
+OnBadLine = Literal["error", "skip"]
 SPECS = ("model", "tokenizer", "reward_model")  # a folder, or the name of something that is none
 
 
@@ -97,6 +98,9 @@ class RunConfig(Options):
     """Examples with a longer prompt are dropped and counted [C]."""
     max_response_tokens: int = 1024
     """Longer responses are cut, and then carry no end-of-sequence token [C]."""
+    on_bad_line: OnBadLine = "error"
+    """A line of data that cannot be used, in whatever way: error names it and ends the run before
+    training, skip leaves it out and says how many there were. Own."""
     save_every: int = 200
     """Optimiser steps (ppo: iterations) between checkpoints; 0 writes none but the final model.
     Own."""

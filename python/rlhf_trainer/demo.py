@@ -206,7 +206,7 @@ def _run(config: DemoConfig) -> dict[str, Any]:
 
     report = {
         "seed": config.seed,
-        "backend": config.backend,
+        "backend": demo.kernels["ppo"]["backend"],
         "seconds": {**demo.seconds, "total": time.perf_counter() - began},
         "score": {name: a.score for name, a in answers.items()},
         "win_rate": {

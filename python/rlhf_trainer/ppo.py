@@ -15,10 +15,12 @@ sampling time are those of training time.
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from inspect import Parameter
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
-from rlhf_trainer.config import ConfigError, PPOConfig
+from rlhf_trainer.config import ConfigError, DataError, PPOConfig
 from rlhf_trainer.data import (
     IGNORE,
     Encoded,
+    Prompt,
+    Source,
     encode_prompts,
     fingerprint,
     positions,
@@ -59,6 +63,7 @@ from rlhf_trainer.state import (
     RunState,
     adam,
     backend_of,
+    backends_of,
     replace_folder,
     start,
     warm_constant,
@@ -78,7 +83,7 @@ PPO_OPS = (
     "policy_loss",
     "value_loss",
 )
-RewardFn = Callable[[list[str], list[str]], Sequence[float]]
+RewardFn = Callable[..., Sequence[float]]
 KL_ERROR_BOUND = 0.2  # lm-human-preferences
 KL_LOGITS = 2**24  # of one of the two models, that exist at a time
 
@@ -118,13 +123,15 @@ def train_ppo(
     reward: ScalarModel | None = None,
     reward_fn: RewardFn | None = None,
     value: ScalarModel | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Source | None = None,
     on_step: OnStep | None = None,
 ) -> PPOResult:
     """Train `policy` in place; what is None is read from what the config names.
 
-    The policy as it comes in is the KL reference. reward_fn(prompts, responses) takes the place of
-    the reward model: texts without special tokens in, one number a response out. `value` defaults
+    The policy as it comes in is the KL reference. `prompts` are texts, or dicts that hold what a
+    line of a file holds. reward_fn(prompts, responses) takes the place of the reward model: texts
+    without special tokens in, one number a response out. What else the prompts' lines hold it gets
+    by keyword, a list a column, where it has a parameter of that name or **kwargs. `value` defaults
     to a copy of the reward model, or with reward_fn to the policy's backbone under a fresh head.
     Raises ConfigError or DataError before any training.
     """
@@ -137,16 +144,18 @@ def train_ppo(
         raise ConfigError(f"model: expected a trained model, got {config.model}")
     tokenizer = checked_tokenizer(tokenizer)
     pad = tokenizer.pad_token_id
-    if prompts is None:
-        prompts = read_prompts(config.require_given("prompt_file"), tokenizer)
-    encoded = encode_prompts(tokenizer, prompts)
-    kept = [i for i, ids in enumerate(encoded) if len(ids) <= config.max_prompt_tokens]
+    bad = config.on_bad_line
+    given = config.require_given("prompt_file") if prompts is None else prompts
+    texts = read_prompts(given, tokenizer, on_bad_line=bad)
+    encoded = encode_prompts(tokenizer, texts, bad)
+    kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= config.max_prompt_tokens]
     if not kept:
         raise ConfigError(
             f"max_prompt_tokens: expected a prompt that fits, got {len(encoded)} longer ones"
         )
     dropped = len(encoded) - len(kept)
-    prompts, encoded = [prompts[i] for i in kept], [encoded[i] for i in kept]
+    texts, encoded = [texts[i] for i in kept], [encoded[i] for i in kept]
+    columns = columns_for(reward_fn, texts) if reward_fn is not None else {}
     total, left_out = divmod(config.episodes, config.batch_size)
     print(
         f"ppo: {len(kept)} prompts, {dropped} dropped (long prompts); {total} iterations of "
@@ -182,14 +191,15 @@ def train_ppo(
         {"policy": actor, "value": critic},
         optimizer,
         scheduler,
-        fingerprint(encoded),
+        fingerprint((encoded, columns)),
         kl_coef=config.kl_coef,
     )
     state.resume()
     actor.eval()
     critic.eval()
     log = MetricsLog(config.output, config.stage, state.step, on_step)
-    clock = KernelClock(config.profile_steps, config.backend, device)
+    ran = backends_of(config, PPO_OPS, device.type)
+    clock = KernelClock(config.profile_steps, ran, device)
     bar = tqdm(
         total=total, initial=state.step, desc="ppo", unit="iteration", disable=not config.progress
     )
@@ -204,8 +214,9 @@ def train_ppo(
         eos."""
         responses = samples.responses()
         if reward_fn is not None:
-            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            given = reward_fn([prompts[i] for i in chosen], texts)
+            answers = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            extra = {name: [values[i] for i in chosen] for name, values in columns.items()}
+            given = reward_fn([texts[i] for i in chosen], answers, **extra)
             judged = torch.as_tensor(given, dtype=torch.float32).to(device)
             if judged.shape != (len(chosen),):
                 raise ValueError(
@@ -300,6 +311,7 @@ def train_ppo(
             **{name: number.item() for name, number in sums.items()},
             "length": length.item(),
             "eos_rate": samples.ended.float().mean().item(),
+            "cut": int((~samples.ended).sum()),
         }
         return Rollout(samples, tokens, logprob, values, advantages, returns), metrics
 
@@ -409,6 +421,11 @@ def train_ppo(
 
     bar.close()
     log.close()
+    cut = sum(row["cut"] for row in log.history)
+    print(
+        f"ppo: {cut} of {state.step * config.batch_size} responses were cut at "
+        f"{config.max_response_tokens} tokens, before their end"
+    )
     actor, critic = (accelerator.unwrap_model(m, keep_fp32_wrapper=False) for m in (actor, critic))
     folder = config.output / "model"
     for name, model in (("model", actor), ("value", critic)):
@@ -419,6 +436,35 @@ def train_ppo(
     write_json(config.output / KERNELS, kernels)
     seconds = time.perf_counter() - began
     return PPOResult(actor, critic, tokenizer, folder, log.history, kernels, seconds)
+
+
+def columns_for(reward_fn: RewardFn, prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """The columns of the prompts that reward_fn takes beside prompts and responses, a value a
+    prompt: those it names, or all of them where it has **kwargs. A prompt without one gives None.
+
+    Raises DataError for a prompt without a column that reward_fn cannot do without.
+    """
+    try:
+        parameters = list(inspect.signature(reward_fn).parameters.values())
+    except ValueError:  # some callables in C have no signature
+        return {}
+    rows = [prompt.columns if isinstance(prompt, Prompt) else {} for prompt in prompts]
+    known = list(dict.fromkeys(name for row in rows for name in row))
+    by_place = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    taken = [p.name for p in parameters if p.kind in by_place][:2]  # prompts and responses
+    rest = [p for p in parameters if p.kind in by_name and p.name not in taken]
+    for name in (p.name for p in rest if p.default is Parameter.empty):
+        missing = [i for i, row in enumerate(rows) if name not in row]
+        if missing:
+            where = getattr(prompts[missing[0]], "where", "") or f"prompts[{missing[0]}]"
+            raise DataError(
+                f"{where}: missing key {name!r}, which reward_fn requires and {len(missing)} of "
+                f"{len(rows)} prompts lack"
+            )
+    if not any(p.kind == Parameter.VAR_KEYWORD for p in parameters):
+        known = [name for name in known if name in {p.name for p in rest}]
+    return {name: [row.get(name) for row in rows] for name in known if name not in taken}
 
 
 @torch.no_grad()

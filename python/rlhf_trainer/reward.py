@@ -28,12 +28,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
-from rlhf_trainer.config import ConfigError, RewardConfig
+from rlhf_trainer.config import ConfigError, DataError, RewardConfig
 from rlhf_trainer.data import (
-    Demonstration,
     EncodedRanking,
-    Ranking,
+    Source,
     collate,
+    count_cut,
     encode_demonstrations,
     encode_rankings,
     fingerprint,
@@ -60,6 +60,7 @@ from rlhf_trainer.state import (
     RunState,
     adam,
     backend_of,
+    backends_of,
     cosine,
     replace_folder,
     start,
@@ -88,30 +89,34 @@ def train_reward(
     *,
     model: PreTrainedModel | ScalarModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    train: Sequence[Ranking] | None = None,
-    heldout: Sequence[Ranking] | None = None,
-    reference: Sequence[Demonstration] | None = None,
+    train: Source | None = None,
+    heldout: Source | None = None,
+    reference: Source | None = None,
     on_step: OnStep | None = None,
 ) -> RewardResult:
     """Train a reward model on rankings; what is None is read from what the config names.
 
     A causal language model lends a copy of its backbone; a ScalarModel is trained in place.
-    `reference` are the answers whose mean score becomes 0. Raises ConfigError or DataError before
-    any training.
+    Examples are Rankings, or dicts that hold what a line of a file holds. `reference` are the
+    answers (Demonstrations, or dicts) whose mean score becomes 0. Raises ConfigError or DataError
+    before any training.
     """
     began = time.perf_counter()
     accelerator = start(config, REWARD_OPS)
     backend, device = backend_of(config), accelerator.device
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
-    if train is None:
-        train = read_rankings(config.require_given("train_file"))
-    if heldout is None and config.heldout_file is not None:
-        heldout = read_rankings(config.heldout_file)
-    if heldout is None:
+    bad = config.on_bad_line
+    read = partial(read_rankings, on_bad_line=bad)
+    train = read(config.require_given("train_file") if train is None else train, name="train")
+    apart = config.heldout_file if heldout is None else heldout
+    if apart is not None:
+        heldout = read(apart, name="heldout")
+    else:
         train, heldout = split(train, [e.prompt for e in train], config.heldout_share, config.seed)
-    if reference is None and config.reference_file is not None:
-        reference = read_demonstrations(config.reference_file, tokenizer)
+    answers = config.reference_file if reference is None else reference
+    if answers is not None:
+        answers = read_demonstrations(answers, tokenizer, name="reference", on_bad_line=bad)
     if tokenizer is None:
         tokenizer = train_tokenizer(text for e in train for text in (e.prompt, *e.completions))
     tokenizer = checked_tokenizer(tokenizer)
@@ -122,8 +127,8 @@ def train_reward(
     groups, held = (
         [
             group
-            for group in encode_rankings(tokenizer, rankings, config.max_response_tokens)
-            if len(group.rows[0].prompt) <= config.max_prompt_tokens and len(set(group.ranks)) > 1
+            for group in encode_rankings(tokenizer, rankings, config.max_response_tokens, bad)
+            if 0 < len(group.rows[0].prompt) <= config.max_prompt_tokens and group.teaches
         ]
         for rankings in (train, heldout)
     )
@@ -132,16 +137,20 @@ def train_reward(
             "max_prompt_tokens: expected a prompt that fits, with completions not all tied, "
             f"got none in {len(train)} rankings"
         )
-    if reference is not None:
-        zero = encode_demonstrations(tokenizer, reference, config.max_response_tokens)
+    if answers is not None:
+        zero = encode_demonstrations(tokenizer, answers, config.max_response_tokens, bad)
+        zero = [row for row in zero if row.prompt]
+        if not zero:
+            raise DataError("reference: expected an answer whose prompt has tokens, got none")
     else:
         zero = [row for group in held or groups for row in group.rows]
-    rows = [*zero, *(row for group in groups + held for row in group.rows)]
-    check_length(model.model, max(len(row.prompt) + len(row.response) for row in rows))
+    rows = [row for group in groups + held for row in group.rows]
+    check_length(model.model, max(len(row.prompt) + len(row.response) for row in rows + zero))
     dropped = len(train) + len(heldout) - len(groups) - len(held)
     print(
         f"reward: {len(groups)} prompts, {len(held)} held out, "
-        f"{dropped} dropped (too long, or all tied)"
+        f"{dropped} dropped (too long, or all tied or the same); "
+        f"{count_cut(rows)} completions cut to {config.max_response_tokens} tokens"
     )
 
     per_epoch = math.ceil(len(groups) / config.batch_size)
@@ -156,7 +165,8 @@ def train_reward(
     )
     state.resume()
     log = MetricsLog(config.output, config.stage, state.step, on_step)
-    clock = KernelClock(config.profile_steps, config.backend, device)
+    ran = backends_of(config, REWARD_OPS, device.type)
+    clock = KernelClock(config.profile_steps, ran, device)
     bar = tqdm(
         total=total, initial=state.step, desc="reward", unit="step", disable=not config.progress
     )
