@@ -56,6 +56,7 @@ class RunConfig(Options):
     """Options that every stage shares."""
 
     stage: ClassVar[str]
+    auto: ClassVar[dict[str, tuple[int, int]]] = {}  # what 0 stands for, on a GPU and on a CPU
 
     config: Path | None = None
     """YAML file with values for any of these options (learning_rate: 1e-5); the command line
@@ -121,7 +122,8 @@ class RunConfig(Options):
             self._require(name, finite, "a finite number")
         self._require("seed", 0 <= self.seed < 2**32, "an integer in [0, 2**32)")
         for name in ("batch_size", "micro_batch_size", "max_prompt_tokens", "max_response_tokens"):
-            self._require(name, getattr(self, name) >= 1, "an integer >= 1")
+            low = 0 if name in self.auto else 1
+            self._require(name, getattr(self, name) >= low, f"an integer >= {low}")
         for name in ("max_grad_norm", "weight_decay", "save_every", "profile_steps"):
             self._require(name, getattr(self, name) >= 0, "a number >= 0")
         for name in ("learning_rate", "adam_eps"):
@@ -240,6 +242,7 @@ class PPOConfig(RunConfig):
     """
 
     stage = "ppo"
+    auto = {"batch_size": (512, 64), "max_response_tokens": (1024, 64)}  # noqa: RUF012
     output: Path = Path("runs/ppo")
     reward_model: str | None = None
     """Folder or hub name of the reward model (a sequence classifier with one label)."""
@@ -248,8 +251,10 @@ class PPOConfig(RunConfig):
     episodes: int = 256_000
     """Sampled responses in all [C]; the run has episodes / batch_size iterations, and what does not
     fill one is left out."""
-    batch_size: int = 512
-    """Episodes per iteration [C]."""
+    batch_size: int = 0
+    """Episodes per iteration; 0: 512 [C], or 64 on a CPU, where 512 long ones take hours."""
+    max_response_tokens: int = 0
+    """Longer responses are cut, and carry no end-of-sequence token; 0: 1024 [C], or 64 on a CPU."""
     minibatches: int = 8
     """Optimiser steps per pass over an iteration's episodes [C]."""
     inner_epochs: int = 1
@@ -313,14 +318,26 @@ class PPOConfig(RunConfig):
             self.batch_size % self.minibatches == 0,
             f"a divisor of batch_size ({self.batch_size})",
         )
-        self._require(
-            "episodes", self.episodes >= self.batch_size, f"at least batch_size ({self.batch_size})"
-        )
+        size = self.batch_size or min(self.auto["batch_size"])
+        self._require("episodes", self.episodes >= size, f"at least batch_size ({size})")
         if self.missing_eos_score is not None and self.missing_eos_penalty > 0:
             raise ConfigError(
                 "missing_eos_penalty: expected 0 unless missing_eos_score is none, "
                 f"got {self.missing_eos_penalty} with missing_eos_score {self.missing_eos_score}"
             )
+
+    def on(self, device_type: str) -> PPOConfig:
+        """The options with numbers for those that leave them to the device; it is said which."""
+        column = int(device_type == "cpu")
+        chosen: dict[str, Any] = {
+            name: both[column] for name, both in self.auto.items() if not getattr(self, name)
+        }
+        resolved = dataclasses.replace(self, **chosen)
+        resolved.validate()
+        if chosen:
+            numbers = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            print(f"ppo: {numbers} by default on {'a CPU' if column else 'a GPU'}")
+        return resolved
 
 
 Config = TypeVar("Config")

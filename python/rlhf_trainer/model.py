@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
@@ -318,6 +320,17 @@ class Samples:
         return [row[keep].tolist() for row, keep in zip(self.tokens, self.mask, strict=True)]
 
 
+class Heard(StoppingCriteria):
+    """Stops nothing: generate() tells it of every token."""
+
+    def __init__(self, prompt_width: int, on_token: Callable[[int], None]) -> None:
+        self.prompt_width, self.on_token = prompt_width, on_token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        self.on_token(input_ids.shape[1] - self.prompt_width)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -327,9 +340,10 @@ def sample(
     max_response_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 128,
+    on_token: Callable[[int], None] = lambda count: None,
 ) -> Samples:
     """Sample one continuation of each prompt from the model's whole distribution (temperature 0:
-    greedy)."""
+    greedy). on_token hears how many tokens each sequence of the batch has after every step."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     prompt_ids, prompt_mask = (t.to(model.device) for t in left_pad(prompts, pad))
     settings = GenerationConfig(
@@ -354,6 +368,7 @@ def sample(
                 input_ids=prompt_ids[rows],
                 attention_mask=prompt_mask[rows],
                 generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([Heard(prompt_ids.shape[1], on_token)]),
             )
             parts.append(output[:, prompt_ids.shape[1] :])
     finally:

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
@@ -45,6 +44,7 @@ from rlhf_trainer.data import (
     read_prompts,
     shuffled,
 )
+from rlhf_trainer.forecast import forecast
 from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
 from rlhf_trainer.model import (
     Samples,
@@ -59,6 +59,7 @@ from rlhf_trainer.model import (
     save_model,
     score_rows,
 )
+from rlhf_trainer.progress import Progress
 from rlhf_trainer.state import (
     RunState,
     adam,
@@ -138,6 +139,7 @@ def train_ppo(
     began = time.perf_counter()
     accelerator = start(config, PPO_OPS)
     backend, device = backend_of(config), accelerator.device
+    config = config.on(device.type)
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
     if tokenizer is None:
@@ -200,9 +202,7 @@ def train_ppo(
     log = MetricsLog(config.output, config.stage, state.step, on_step)
     ran = backends_of(config, PPO_OPS, device.type)
     clock = KernelClock(config.profile_steps, ran, device)
-    bar = tqdm(
-        total=total, initial=state.step, desc="ppo", unit="iteration", disable=not config.progress
-    )
+    bar = Progress("ppo", "iteration", state.step, total, config.progress)
 
     size = config.batch_size // config.minibatches
 
@@ -213,6 +213,7 @@ def train_ppo(
         """Scores (B,) of the responses cut at eos: as judged, and after the rule for a missing
         eos."""
         responses = samples.responses()
+        bar.part("scoring", 0, len(responses), "responses")
         if reward_fn is not None:
             answers = tokenizer.batch_decode(responses, skip_special_tokens=True)
             extra = {name: [values[i] for i in chosen] for name, values in columns.items()}
@@ -255,6 +256,7 @@ def train_ppo(
             max_response_tokens=config.max_response_tokens,
             temperature=config.temperature,
             batch_size=config.rollout_batch_size,
+            on_token=lambda n: bar.part("sampling", n, config.max_response_tokens, "tokens"),
         )
         judged, scores = score(samples, chosen)
         mask = samples.mask
@@ -267,7 +269,7 @@ def train_ppo(
             # invariant, so the first pass over the data takes the same rows in the same
             # micro-batches as this one; and the old log-probabilities come from the op whose chunks
             # and bits are those of the loss, not from the logits that the KL takes.
-            for rows in micro_batches_of(first_order):
+            for rows in bar.track("log-probs", micro_batches_of(first_order), "micro-batches"):
                 policies = forward(actor, samples, rows), forward(reference, samples, rows)
                 options: Any = {"temperature": config.temperature, "backend": backend}
                 with accelerator.autocast():
@@ -367,24 +369,34 @@ def train_ppo(
         optimizer.step()
         return [reduce(add, parts) for parts in zip(*results, strict=True)]
 
-    while state.step < total:
-        iteration_began = time.perf_counter()
+    def prompts_of(step: int) -> list[int]:
+        """The prompts of an iteration, as a function of seed and step."""
         chosen: list[int] = []
-        for episode in range(state.step * config.batch_size, (state.step + 1) * config.batch_size):
+        for episode in range(step * config.batch_size, (step + 1) * config.batch_size):
             epoch, k = divmod(episode, len(encoded))
             if k == 0 or not chosen:
                 order = shuffled(len(encoded), config.seed, epoch, "prompts")
             chosen.append(order[k])
+        return chosen
+
+    if config.progress and device.type == "cpu" and state.step < total:
+        some = [encoded[i] for i in prompts_of(state.step)]
+        print(forecast(policy, tokenizer, some, config, reward is not None, total - state.step))
+    while state.step < total:
+        iteration_began = time.perf_counter()
+        chosen = prompts_of(state.step)
         passes = [
             torch.tensor(shuffled(config.batch_size, config.seed, epoch, "minibatches")).to(device)
             for epoch in range(
                 state.step * config.inner_epochs, (state.step + 1) * config.inner_epochs
             )
         ]
+        minibatches = [rows for order in passes for rows in order.split(size)]
         with clock.step():
             rollout, metrics = explore(chosen, passes[0])
             with clock.kernels():
-                results = [update(rollout, rows) for order in passes for rows in order.split(size)]
+                learning = bar.track("learning", minibatches, "minibatches")
+                results = [update(rollout, rows) for rows in learning]
         policy_stats, value_stats, policy_loss, value_loss = (
             reduce(add, parts) for parts in zip(*results, strict=True)
         )
@@ -412,6 +424,7 @@ def train_ppo(
         bar.set_postfix(
             score=f"{metrics['score']:.3f}",
             kl=f"{metrics['kl']:.2f}",
+            cut=f"{metrics['cut']}/{config.batch_size}",
             episodes_per_s=int(config.batch_size / metrics["seconds"]),
             refresh=False,
         )

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
@@ -56,6 +55,7 @@ from rlhf_trainer.model import (
     set_dropout,
     train_tokenizer,
 )
+from rlhf_trainer.progress import Progress
 from rlhf_trainer.state import (
     RunState,
     adam,
@@ -167,9 +167,7 @@ def train_reward(
     log = MetricsLog(config.output, config.stage, state.step, on_step)
     ran = backends_of(config, REWARD_OPS, device.type)
     clock = KernelClock(config.profile_steps, ran, device)
-    bar = tqdm(
-        total=total, initial=state.step, desc="reward", unit="step", disable=not config.progress
-    )
+    bar = Progress("reward", "step", state.step, total, config.progress)
 
     def forward(micro: Sequence[EncodedRanking]) -> tuple[Tensor, rk.RewardStats]:
         """Loss (mean over the prompts) and statistics of a micro-batch of prompts."""
@@ -186,7 +184,8 @@ def train_reward(
         scorer.eval()
         loss, parts = 0.0, []
         with torch.no_grad():
-            for micro in micro_batches(held, config.micro_batch_size):
+            micros = list(micro_batches(held, config.micro_batch_size))
+            for micro in bar.track("evaluating", micros, "micro-batches"):
                 part, stats = forward(micro)
                 loss += part.item() * len(micro) / len(held)
                 parts.append(stats)
@@ -199,9 +198,10 @@ def train_reward(
         step_began = time.perf_counter()
         scorer.train()
         loss, parts = torch.zeros((), device=device), []
+        micros = list(micro_batches(batch, config.micro_batch_size))
         with clock.step(), clock.kernels():
             optimizer.zero_grad()
-            for micro in micro_batches(batch, config.micro_batch_size):
+            for micro in bar.track("learning", micros, "micro-batches"):
                 part, stats = forward(micro)
                 part = part * (len(micro) / len(batch))  # the mean over the batch's prompts
                 accelerator.backward(part)
@@ -238,6 +238,7 @@ def train_reward(
     bar.close()
     log.close()
     scorer = accelerator.unwrap_model(scorer, keep_fp32_wrapper=False).eval()
+    print(f"reward: scoring {len(zero)} answers, whose mean becomes 0")
     scores = score_rows(scorer, zero, pad, 2 * config.micro_batch_size)
     scorer.bias -= scores.mean().item()
     folder = config.output / "model"

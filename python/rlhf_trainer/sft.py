@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
@@ -51,6 +50,7 @@ from rlhf_trainer.model import (
     set_dropout,
     train_tokenizer,
 )
+from rlhf_trainer.progress import Progress
 from rlhf_trainer.state import (
     RunState,
     adam,
@@ -148,9 +148,7 @@ def train_sft(
     log = MetricsLog(config.output, config.stage, state.step, on_step)
     ran = backends_of(config, SFT_OPS, device.type)
     clock = KernelClock(config.profile_steps, ran, device)
-    bar = tqdm(
-        total=total, initial=state.step, desc="sft", unit="step", disable=not config.progress
-    )
+    bar = Progress("sft", "step", state.step, total, config.progress)
 
     def forward(micro: Sequence[Encoded], tokens: int) -> Tensor:
         """The loss of a micro-batch: its share of a mean over so many tokens."""
@@ -170,7 +168,8 @@ def train_sft(
         lm.eval()
         tokens = sum(len(row.response) for row in held)
         with torch.no_grad():
-            parts = [forward(m, tokens) for m in micro_batches(held, config.micro_batch_size)]
+            micros = list(micro_batches(held, config.micro_batch_size))
+            parts = [forward(m, tokens) for m in bar.track("evaluating", micros, "micro-batches")]
         return torch.stack(parts).sum().item()
 
     while state.step < total and not 0 < config.patience <= state.stale:
@@ -183,9 +182,10 @@ def train_sft(
         step_began = time.perf_counter()
         lm.train()
         loss = torch.zeros((), device=device)
+        micros = list(micro_batches(batch_rows, config.micro_batch_size))
         with clock.step(), clock.kernels():
             optimizer.zero_grad()
-            for micro in micro_batches(batch_rows, config.micro_batch_size):
+            for micro in bar.track("learning", micros, "micro-batches"):
                 part = forward(micro, tokens)
                 accelerator.backward(part)
                 loss += part.detach()

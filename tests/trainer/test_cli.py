@@ -157,7 +157,7 @@ def test_yaml_none_and_empty(tmp_path):
         (SFTConfig(dropout=1.0), "dropout: expected a number in"),
         (RewardConfig(heldout_share=1.0), "heldout_share: expected a number in"),
         (PPOConfig(batch_size=10, minibatches=3), "minibatches: expected a divisor of batch_size"),
-        (PPOConfig(episodes=100), "episodes: expected at least batch_size"),
+        (PPOConfig(episodes=30), r"episodes: expected at least batch_size \(64\), got 30"),
         (PPOConfig(kl_target=0.0), "kl_target: expected a number > 0, or none, got 0.0"),
         (PPOConfig(missing_eos_penalty=1.0), "missing_eos_penalty: expected 0 unless"),
         (PPOConfig(temperature=0.0), "temperature: expected a number > 0, got 0.0"),
