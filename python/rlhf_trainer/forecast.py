@@ -31,12 +31,14 @@ def forecast(
     changes.
     """
     with torch.random.fork_rng(devices=[]):
-        token = seconds_per_token(policy, prompts, config)
-        sampling = sampling_seconds(policy, tokenizer, prompts, config, token)
+        body, head = seconds_per_token(policy, prompts, config)
+        sampling = sampling_seconds(policy, tokenizer, prompts, config, body + head)
     length = max(map(len, prompts)) + config.max_response_tokens
-    # Log-probs of two models, their logits for the KL, values, scores; a backward pass takes two.
-    passes = 4 + judged + 2 * 3 * config.inner_epochs
-    learning = passes * token * len(prompts) * length
+    # Policy, reference, value function and judge once, then two with gradients, which take three
+    # passes; the heads of the first two for log-probs and for the KL, of the policy with gradients.
+    bodies = (3 + judged + 6 * config.inner_epochs) * body * length
+    heads = (4 + 3 * config.inner_epochs) * head * config.max_response_tokens
+    learning = len(prompts) * (bodies + heads)
     whole = sampling + learning
     return (
         f"ppo: an iteration of {config.batch_size} episodes of up to {config.max_response_tokens} "
@@ -48,21 +50,23 @@ def forecast(
 
 def seconds_per_token(
     policy: PreTrainedModel, prompts: Sequence[list[int]], config: PPOConfig
-) -> float:
-    """Of a forward pass in micro-batches, or in what of one fits the trial."""
+) -> tuple[float, float]:
+    """Of a forward pass without its head, and of the head, in micro-batches or in what of one fits
+    the trial."""
     length = max(map(len, prompts)) + config.max_response_tokens
 
     @torch.no_grad()
-    def forward(rows: int, columns: int) -> float:
+    def forward(model: torch.nn.Module, rows: int, columns: int) -> float:
         ids = torch.full((rows, columns), prompts[0][0], device=policy.device)
-        return _seconds(lambda: policy(input_ids=ids, use_cache=False)) / ids.numel()
+        return _seconds(lambda: model(input_ids=ids, use_cache=False)) / ids.numel()
 
     columns = min(length, 16)
-    forward(1, columns)  # the first pass of a process pays for more than itself
-    rough = forward(1, columns)
+    forward(policy, 1, columns)  # the first pass of a process pays for more than itself
+    rough = forward(policy, 1, columns)
     columns = min(length, max(int(TRIAL / rough), columns))
     rows = min(config.micro_batch_size, max(int(TRIAL / (rough * columns)), 1))
-    return forward(rows, columns)
+    body, whole = (forward(model, rows, columns) for model in (policy.base_model, policy))
+    return body, max(whole - body, 0.0)
 
 
 def sampling_seconds(
