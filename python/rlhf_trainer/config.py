@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ Own: none of them says.
 """
 
 
+OnBadLine = Literal["error", "skip"]
+SPECS = ("model", "tokenizer", "reward_model")  # a folder, or the name of something that is none
+
+
 class ConfigError(ValueError):
     """An option that cannot be used: its name, what was expected, what came."""
 
@@ -29,10 +34,29 @@ class DataError(ValueError):
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class Options:
+    """Options as they come: from Python, YAML or the command line they end as the same values."""
+
+    def __post_init__(self) -> None:
+        self.convert()
+
+    def convert(self) -> None:
+        """Give every option its type, with ~ as the home folder; raise ConfigError for a value that
+        has none."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _convert(getattr(self, field.name), hints[field.name], field.name)
+            if field.name in SPECS and value is not None:
+                value = os.path.expanduser(value)
+            setattr(self, field.name, value)
+
+
+@dataclass(kw_only=True)
+class RunConfig(Options):
     """Options that every stage shares."""
 
     stage: ClassVar[str]
+    auto: ClassVar[dict[str, tuple[int, int]]] = {}  # what 0 stands for, on a GPU and on a CPU
 
     config: Path | None = None
     """YAML file with values for any of these options (learning_rate: 1e-5); the command line
@@ -75,6 +99,9 @@ class RunConfig:
     """Examples with a longer prompt are dropped and counted [C]."""
     max_response_tokens: int = 1024
     """Longer responses are cut, and then carry no end-of-sequence token [C]."""
+    on_bad_line: OnBadLine = "error"
+    """A line of data that cannot be used, in whatever way: error names it and ends the run before
+    training, skip leaves it out and says how many there were. Own."""
     save_every: int = 200
     """Optimiser steps (ppo: iterations) between checkpoints; 0 writes none but the final model.
     Own."""
@@ -88,13 +115,15 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raise ConfigError for the first option that cannot be used."""
+        self.convert()  # again: an option may have been set since
         for name, value in vars(self).items():
             parts = value if isinstance(value, tuple) else (value,)
             finite = all(math.isfinite(part) for part in parts if isinstance(part, float))
             self._require(name, finite, "a finite number")
         self._require("seed", 0 <= self.seed < 2**32, "an integer in [0, 2**32)")
         for name in ("batch_size", "micro_batch_size", "max_prompt_tokens", "max_response_tokens"):
-            self._require(name, getattr(self, name) >= 1, "an integer >= 1")
+            low = 0 if name in self.auto else 1
+            self._require(name, getattr(self, name) >= low, f"an integer >= {low}")
         for name in ("max_grad_norm", "weight_decay", "save_every", "profile_steps"):
             self._require(name, getattr(self, name) >= 0, "a number >= 0")
         for name in ("learning_rate", "adam_eps"):
@@ -215,6 +244,7 @@ class PPOConfig(RunConfig):
     """
 
     stage = "ppo"
+    auto = {"batch_size": (512, 64), "max_response_tokens": (1024, 64)}  # noqa: RUF012
     output: Path = Path("runs/ppo")
     reward_model: str | None = None
     """Folder or hub name of the reward model (a sequence classifier with one label)."""
@@ -223,8 +253,10 @@ class PPOConfig(RunConfig):
     episodes: int = 256_000
     """Sampled responses in all [C]; the run has episodes / batch_size iterations, and what does not
     fill one is left out."""
-    batch_size: int = 512
-    """Episodes per iteration [C]."""
+    batch_size: int = 0
+    """Episodes per iteration; 0: 512 [C], or 64 on a CPU, where 512 long ones take hours."""
+    max_response_tokens: int = 0
+    """Longer responses are cut, and carry no end-of-sequence token; 0: 1024 [C], or 64 on a CPU."""
     minibatches: int = 8
     """Optimiser steps per pass over an iteration's episodes [C]."""
     inner_epochs: int = 1
@@ -288,14 +320,26 @@ class PPOConfig(RunConfig):
             self.batch_size % self.minibatches == 0,
             f"a divisor of batch_size ({self.batch_size})",
         )
-        self._require(
-            "episodes", self.episodes >= self.batch_size, f"at least batch_size ({self.batch_size})"
-        )
+        size = self.batch_size or min(self.auto["batch_size"])
+        self._require("episodes", self.episodes >= size, f"at least batch_size ({size})")
         if self.missing_eos_score is not None and self.missing_eos_penalty > 0:
             raise ConfigError(
                 "missing_eos_penalty: expected 0 unless missing_eos_score is none, "
                 f"got {self.missing_eos_penalty} with missing_eos_score {self.missing_eos_score}"
             )
+
+    def on(self, device_type: str) -> PPOConfig:
+        """The options with numbers for those that leave them to the device; it is said which."""
+        column = int(device_type == "cpu")
+        chosen: dict[str, Any] = {
+            name: both[column] for name, both in self.auto.items() if not getattr(self, name)
+        }
+        resolved = dataclasses.replace(self, **chosen)
+        resolved.validate()
+        if chosen:
+            numbers = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            print(f"ppo: {numbers} by default on {'a CPU' if column else 'a GPU'}")
+        return resolved
 
 
 Config = TypeVar("Config")
@@ -308,8 +352,9 @@ def load_yaml(kind: type[Config], path: Path) -> Config:
     """
     import yaml  # here, as it is not there without the extra `train`
 
+    path = Path(os.path.expanduser(path))
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if values is None:
@@ -327,8 +372,8 @@ def load_yaml(kind: type[Config], path: Path) -> Config:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """A YAML value as the annotated type: YAML 1.1 reads 1e-5 as a string, and knows no paths or
-    tuples."""
+    """A value as the annotated type: YAML 1.1 reads 1e-5 as a string, and neither it nor a Python
+    caller needs to know of paths or tuples."""
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -338,18 +383,19 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     try:
         if origin is Literal and value in typing.get_args(hint):
             return value
-        if origin is tuple and isinstance(value, list) and len(value) == len(typing.get_args(hint)):
-            return tuple(
-                _convert(v, h, where) for v, h in zip(value, typing.get_args(hint), strict=True)
-            )
+        parts = typing.get_args(hint)
+        if origin is tuple and isinstance(value, list | tuple) and len(value) == len(parts):
+            return tuple(_convert(v, h, where) for v, h in zip(value, parts, strict=True))
         if hint is bool and isinstance(value, bool):
             return value
         if hint is float and not isinstance(value, bool):
             return float(value)
         if hint is int and not isinstance(value, bool) and int(value) == float(value):
             return int(value)
-        if hint in (str, Path) and isinstance(value, str):
-            return hint(value)
+        if hint is str and isinstance(value, str | Path):
+            return str(value)
+        if hint is Path and isinstance(value, str | Path):
+            return Path(os.path.expanduser(value))
     except (TypeError, ValueError, OverflowError):
         pass
     name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import reprlib
+import types
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,7 +33,7 @@ from rlhf_trainer.chat import (
     render,
     render_turn,
 )
-from rlhf_trainer.config import DataError
+from rlhf_trainer.config import DataError, OnBadLine
 from rlhf_trainer.tokens import closing_ids
 
 IGNORE = -100  # the ignore_index of rlhf_kernels
@@ -39,12 +41,18 @@ ERRORS_SHOWN = 5
 LARGEST_RANK = torch.finfo(torch.float32).max
 
 Example = TypeVar("Example")
+# A file, or examples in memory: of the reader's own kind, or dicts that hold what a line holds.
+Source = Path | str | Iterable[Any]
 
 
 class Prompt(str):
-    """A prompt that knows its file and line: whether a tokenizer finds tokens in it shows later."""
+    """A prompt that knows its file and line: whether a tokenizer finds tokens in it shows later.
+
+    `columns` are what else a line of prompts held; a reward function may ask for them.
+    """
 
     where: str = ""
+    columns: Mapping[str, Any] = types.MappingProxyType({})
 
     @classmethod
     def at(cls, text: str, where: str) -> Prompt:
@@ -77,7 +85,11 @@ def comparison(prompt: str, chosen: str, rejected: str) -> Ranking:
 
 
 def read_demonstrations(
-    path: Path, tokenizer: PreTrainedTokenizerBase | None = None
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    name: str = "examples",
+    on_bad_line: OnBadLine = "error",
 ) -> list[Demonstration]:
     """Read {"prompt", "response"} or {"messages"} lines; chats are rendered as chat.py says.
 
@@ -92,10 +104,16 @@ def read_demonstrations(
             prompt, (response,) = _answers(row, {"response": _given(row, "response")}, tokenizer)
         return Demonstration(Prompt.at(prompt, where), response)
 
-    return _read(path, parse)
+    return _read(source, parse, Demonstration, name, on_bad_line)
 
 
-def read_rankings(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Ranking]:
+def read_rankings(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    name: str = "examples",
+    on_bad_line: OnBadLine = "error",
+) -> list[Ranking]:
     """Read {"prompt", "chosen", "rejected"} or {"prompt", "completions", "ranks"} lines, with
     "messages" in place of "prompt" for chats, or whole chats {"chosen", "rejected"}, as messages or
     as HH-RLHF's transcripts.
@@ -117,11 +135,18 @@ def read_rankings(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) 
             prompt, completions = _chats(named, tokenizer)
         return comparison(Prompt.at(prompt, where), *completions)
 
-    return _read(path, parse)
+    return _read(source, parse, Ranking, name, on_bad_line)
 
 
-def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-    """Read {"prompt"} lines, or {"messages"} that end before the assistant's turn.
+def read_prompts(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    name: str = "prompts",
+    on_bad_line: OnBadLine = "error",
+) -> list[str]:
+    """Read {"prompt"} lines, or {"messages"} that end before the assistant's turn. What else a line
+    holds becomes the prompt's `columns`.
 
     Raises DataError that lists the first bad lines.
     """
@@ -131,7 +156,12 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase | None = None) -
         text = question if isinstance(question, str) else render(question, tokenizer)
         return Prompt.at(text, where)
 
-    return _read(path, parse)
+    def parse_all(row: dict[str, Any], where: str) -> Prompt:
+        prompt = Prompt.at(parse(row, where), where)
+        prompt.columns = {k: v for k, v in row.items() if k not in ("prompt", "messages")}
+        return prompt
+
+    return _read(source, parse_all, str, name, on_bad_line)
 
 
 def _question(row: dict[str, Any]) -> str | Messages:
@@ -192,32 +222,84 @@ def _cut_transcripts(chosen: str, rejected: str) -> tuple[str, list[str]]:
     return chosen[:cut], [chosen[cut:], rejected[cut:]]
 
 
-def _read(path: Path, parse: Callable[[dict[str, Any], str], Example]) -> list[Example]:
-    examples, errors = [], []
-    for number, line in _lines(Path(path)):
+def _read(
+    source: Source,
+    parse: Callable[[dict[str, Any], str], Example],
+    kind: type[Example],
+    name: str,
+    on_bad_line: OnBadLine,
+) -> list[Example]:
+    examples: list[Example] = []
+    errors, count = [], 0
+    where_all = str(source) if isinstance(source, str | Path) else name
+    for where, item in _items(source, name):
+        count += 1
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-            examples.append(parse(row, f"{path}:{number}"))
+            if not isinstance(item, kind):
+                row = json.loads(item) if isinstance(item, bytes) else item
+                if not isinstance(row, dict):
+                    expected = "JSON object" if isinstance(item, bytes) else "dict"
+                    raise ValueError(f"expected a {expected}, got {type(row).__name__}")
+                item = parse(row, where)
+                _check_answers(item, row)
+            examples.append(item)
         except json.JSONDecodeError as error:
-            errors.append(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}")
+            errors.append(f"{where}: not valid JSON: {error.msg} at column {error.colno}")
         except RecursionError:
-            errors.append(f"{path}:{number}: not valid JSON: too many brackets in one another")
+            errors.append(f"{where}: not valid JSON: too many brackets in one another")
         except ValueError as error:
-            errors.append(f"{path}:{number}: {error}")
-    _raise_first(errors)
-    if not examples:
-        raise DataError(f"{path}: no examples")
+            errors.append(f"{where}: {error}")
+    hint = ["(--on-bad-line skip leaves them out and counts them)"] if examples else []
+    policy = on_bad_line if examples else "error"
+    _settle(errors, policy, f"of {count} examples of {where_all}", hint)
+    if not examples and (isinstance(source, str | Path) or name != "heldout"):
+        raise DataError(f"{where_all}: no examples")
     return examples
 
 
-def _raise_first(errors: list[str]) -> None:
-    """Raise DataError that lists the first errors, if there are any."""
-    if errors:
+def _items(source: Source, name: str) -> Iterator[tuple[str, Any]]:
+    """The lines of a file, as bytes, or the examples in memory, and where each of them is."""
+    if isinstance(source, str | Path):
+        for number, line in _lines(Path(os.path.expanduser(source))):
+            yield f"{source}:{number}", line
+    else:
+        for k, item in enumerate(source):
+            yield f"{name}[{k}]", item
+
+
+def _check_answers(example: object, row: dict[str, Any]) -> None:
+    """Raise ValueError for a blank answer, and for one text of which two ranks are claimed."""
+    answers: tuple[str, ...] = ()
+    ranks: tuple[float, ...] = ()
+    if isinstance(example, Demonstration):
+        answers, ranks, names = (example.response,), (0.0,), ["response"]
+    elif isinstance(example, Ranking):
+        answers, ranks, names = example.completions, example.ranks, ["chosen", "rejected"]
+        if "completions" in row:
+            names = [f"completions[{k}]" for k in range(len(answers))]
+    seen: dict[str, int] = {}
+    for k, answer in enumerate(answers):
+        if not answer.strip():
+            raise ValueError(f"{names[k]}: expected an answer, got blank text")
+        first = seen.setdefault(answer, k)
+        if ranks[first] != ranks[k]:
+            raise ValueError(
+                f"{names[first]}, {names[k]}: expected different answers where one is better, "
+                f"got the same text: {reprlib.repr(answer)}"
+            )
+
+
+def _settle(
+    errors: Sequence[str], on_bad_line: OnBadLine, among: str, hint: Sequence[str] = ()
+) -> None:
+    """Raise DataError that lists the first errors, if there are any; or, where the run skips bad
+    lines, say how many there were."""
+    if errors and on_bad_line == "skip":
+        print(f"skipped {len(errors)} {among}; the first: {errors[0]}")
+    elif errors:
         more = len(errors) - ERRORS_SHOWN
         tail = [f"and {more} more bad lines"] if more > 0 else []
-        raise DataError("\n".join(errors[:ERRORS_SHOWN] + tail))
+        raise DataError("\n".join([*errors[:ERRORS_SHOWN], *tail, *hint]))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -271,12 +353,16 @@ class Encoded(NamedTuple):
 
     prompt: list[int]
     response: list[int]
+    cut: bool = False
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], on_bad_line: OnBadLine = "error"
+) -> list[list[int]]:
     """Token ids of prompts, opened as the tokenizer opens a text and never closed.
 
-    Raises DataError that lists the first prompts without tokens.
+    Raises DataError that lists the first prompts without tokens; with on_bad_line skip they come
+    out empty.
     """
     encoded, errors = [], []
     for text, ids in zip(texts, _ids(tokenizer, texts, True), strict=True):
@@ -291,7 +377,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
             name = f"{text.where}: prompt" if isinstance(text, Prompt) else "prompt"
             errors.append(f"{name}: expected text with tokens, got {text!r}")
         encoded.append(ids)
-    _raise_first(list(dict.fromkeys(errors)))  # a ranking's prompt comes once a completion
+    errors = list(dict.fromkeys(errors))  # a ranking's prompt comes once a completion
+    _settle(errors, on_bad_line, f"of {len(set(texts))} prompts")
     return encoded
 
 
@@ -323,12 +410,24 @@ def _ids(
 
 
 def encode_demonstrations(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Demonstration], max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Demonstration],
+    max_tokens: int,
+    on_bad_line: OnBadLine = "error",
 ) -> list[Encoded]:
-    """Demonstrations as token ids; every response is cut to max_tokens."""
-    prompts = encode_prompts(tokenizer, [example.prompt for example in examples])
-    responses = encode_responses(tokenizer, [example.response for example in examples], max_tokens)
-    return [Encoded(*row) for row in zip(prompts, responses, strict=True)]
+    """Demonstrations as token ids; every response is cut to max_tokens. Prompts without tokens are
+    left as encode_prompts leaves them."""
+    prompts = encode_prompts(tokenizer, [example.prompt for example in examples], on_bad_line)
+    responses = encode_responses(tokenizer, [example.response for example in examples], None)
+    return [
+        Encoded(prompt, response[:max_tokens], len(response) > max_tokens)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def count_cut(rows: Iterable[Encoded]) -> int:
+    """How many responses were cut, and so do not teach where to end."""
+    return sum(row.cut for row in rows)
 
 
 class EncodedRanking(NamedTuple):
@@ -337,9 +436,19 @@ class EncodedRanking(NamedTuple):
     rows: list[Encoded]
     ranks: list[float]
 
+    @property
+    def teaches(self) -> bool:
+        """Whether two completions differ in rank, and in tokens: the cut to a length may leave the
+        same."""
+        first = self.rows[0].response
+        return len(set(self.ranks)) > 1 and any(row.response != first for row in self.rows)
+
 
 def encode_rankings(
-    tokenizer: PreTrainedTokenizerBase, rankings: Sequence[Ranking], max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    rankings: Sequence[Ranking],
+    max_tokens: int,
+    on_bad_line: OnBadLine = "error",
 ) -> list[EncodedRanking]:
     """Rankings as token ids, best completion first; every completion is cut to max_tokens."""
     examples, ranks = [], []
@@ -347,7 +456,7 @@ def encode_rankings(
         order = sorted(range(len(ranking.ranks)), key=lambda k: ranking.ranks[k])
         examples += [Demonstration(ranking.prompt, ranking.completions[k]) for k in order]
         ranks.append([ranking.ranks[k] for k in order])
-    rows = iter(encode_demonstrations(tokenizer, examples, max_tokens))
+    rows = iter(encode_demonstrations(tokenizer, examples, max_tokens, on_bad_line))
     return [EncodedRanking([next(rows) for _ in group], group) for group in ranks]
 
 

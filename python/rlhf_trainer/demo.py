@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import hidden_forward
 from rlhf_trainer import world
-from rlhf_trainer.config import ConfigError, PPOConfig, RewardConfig, SFTConfig
+from rlhf_trainer.config import ConfigError, Options, PPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.data import Demonstration, Encoded, Ranking, collate
 from rlhf_trainer.metrics import CURVES
 from rlhf_trainer.model import completion_hidden
@@ -55,7 +55,7 @@ MARKS = ("win_rate", "kl_to_sft", "reward_model")  # keys by which it is known a
 
 
 @dataclass(kw_only=True)
-class DemoConfig:
+class DemoConfig(Options):
     """InstructGPT's three stages on a small generated world: no download, no data."""
 
     config: Path | None = None
@@ -208,7 +208,7 @@ def _run(config: DemoConfig) -> dict[str, Any]:
 
     report = {
         "seed": config.seed,
-        "backend": config.backend,
+        "backend": demo.kernels["ppo"]["backend"],
         "seconds": {**demo.seconds, "total": time.perf_counter() - began},
         "score": {name: a.score for name, a in answers.items()},
         "win_rate": {

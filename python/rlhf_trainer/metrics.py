@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,12 @@ class KernelClock:
     library, stays outside.
     """
 
-    def __init__(self, steps: int, backend: str, device: torch.device) -> None:
+    def __init__(self, steps: int, backends: Sequence[str], device: torch.device) -> None:
         # The profiler's library logs each start and stop to stderr; levels up to 5 let that
         # through.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self.left = steps
-        self.backend = backend
+        self.backends = backends
         self.device = device
         self.seen = 0
         self.sampling = False
@@ -142,7 +142,7 @@ class KernelClock:
 
     def report(self) -> dict[str, Any]:
         """{"backend", "steps", "step_ms", "share", "ops": {op: {"ms_per_step", "share"}}}, and a
-        "note" without ops.
+        "note" without ops. The backend is the one that ran; of several, their names with commas.
 
         Shares are of the sampled steps' wall time; on CUDA ms_per_step is the time on the device.
         """
@@ -153,7 +153,7 @@ class KernelClock:
             for name, total in sorted(self.totals.items(), key=lambda item: -item[1])
         }
         result: dict[str, Any] = {
-            "backend": self.backend,
+            "backend": ", ".join(self.backends),
             "steps": steps,
             "step_ms": wall / steps if steps else None,
             "share": sum(op["share"] for op in ops.values()),

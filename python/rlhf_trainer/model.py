@@ -25,6 +25,7 @@ from transformers import (
 from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
 from rlhf_trainer.config import ConfigError
 from rlhf_trainer.data import Batch
+from rlhf_trainer.sources import locate
 from rlhf_trainer.tokens import conflict, keep_stops, token_count
 
 SCRATCH = "scratch:"
@@ -64,8 +65,9 @@ def check_same_ids(tokenizer: PreTrainedTokenizerBase, spec: str, model: str) ->
 def load_pretrained(kind: Any, option: str, spec: str, **options: Any) -> Any:
     """kind.from_pretrained(spec); what is wrong with the folder becomes a ConfigError of one
     line."""
+    folder, found = locate(option, spec)
     try:
-        return kind.from_pretrained(spec, **options)
+        return kind.from_pretrained(folder, **options, **found)
     except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{option}: cannot load one from {spec}: {reason}") from error

@@ -15,10 +15,12 @@ sampling time are those of training time.
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from inspect import Parameter
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -26,21 +28,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
-from rlhf_trainer.config import ConfigError, PPOConfig
+from rlhf_trainer.config import ConfigError, DataError, PPOConfig
 from rlhf_trainer.data import (
     IGNORE,
     Encoded,
+    Prompt,
+    Source,
     encode_prompts,
     fingerprint,
     positions,
     read_prompts,
     shuffled,
 )
+from rlhf_trainer.forecast import forecast
 from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
 from rlhf_trainer.model import (
     check_head,
@@ -52,12 +56,14 @@ from rlhf_trainer.model import (
     save_model,
     settle,
 )
+from rlhf_trainer.progress import Progress
 from rlhf_trainer.sampling import Samples, sample
 from rlhf_trainer.scalar import ScalarModel, score_rows
 from rlhf_trainer.state import (
     RunState,
     adam,
     backend_of,
+    backends_of,
     replace_folder,
     start,
     warm_constant,
@@ -77,7 +83,7 @@ PPO_OPS = (
     "policy_loss",
     "value_loss",
 )
-RewardFn = Callable[[list[str], list[str]], Sequence[float]]
+RewardFn = Callable[..., Sequence[float]]
 KL_ERROR_BOUND = 0.2  # lm-human-preferences
 KL_LOGITS = 2**24  # of one of the two models, that exist at a time
 
@@ -117,35 +123,40 @@ def train_ppo(
     reward: ScalarModel | None = None,
     reward_fn: RewardFn | None = None,
     value: ScalarModel | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Source | None = None,
     on_step: OnStep | None = None,
 ) -> PPOResult:
     """Train `policy` in place; what is None is read from what the config names.
 
-    The policy as it comes in is the KL reference. reward_fn(prompts, responses) takes the place of
-    the reward model: texts without special tokens in, one number a response out. `value` defaults
+    The policy as it comes in is the KL reference. `prompts` are texts, or dicts that hold what a
+    line of a file holds. reward_fn(prompts, responses) takes the place of the reward model: texts
+    without special tokens in, one number a response out. What else the prompts' lines hold it gets
+    by keyword, a list a column, where it has a parameter of that name or **kwargs. `value` defaults
     to a copy of the reward model, or with reward_fn to the policy's backbone under a fresh head.
     Raises ConfigError or DataError before any training.
     """
     began = time.perf_counter()
     accelerator = start(config, PPO_OPS)
     backend, device = backend_of(config), accelerator.device
+    config = config.on(device.type)
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ConfigError(f"model: expected a trained model, got {config.model}")
     tokenizer = checked_tokenizer(tokenizer)
     pad = tokenizer.pad_token_id
-    if prompts is None:
-        prompts = read_prompts(config.require_given("prompt_file"), tokenizer)
-    encoded = encode_prompts(tokenizer, prompts)
-    kept = [i for i, ids in enumerate(encoded) if len(ids) <= config.max_prompt_tokens]
+    bad = config.on_bad_line
+    given = config.require_given("prompt_file") if prompts is None else prompts
+    texts = read_prompts(given, tokenizer, on_bad_line=bad)
+    encoded = encode_prompts(tokenizer, texts, bad)
+    kept = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= config.max_prompt_tokens]
     if not kept:
         raise ConfigError(
             f"max_prompt_tokens: expected a prompt that fits, got {len(encoded)} longer ones"
         )
     dropped = len(encoded) - len(kept)
-    prompts, encoded = [prompts[i] for i in kept], [encoded[i] for i in kept]
+    texts, encoded = [texts[i] for i in kept], [encoded[i] for i in kept]
+    columns = columns_for(reward_fn, texts) if reward_fn is not None else {}
     total, left_out = divmod(config.episodes, config.batch_size)
     print(
         f"ppo: {len(kept)} prompts, {dropped} dropped (long prompts); {total} iterations of "
@@ -155,9 +166,9 @@ def train_ppo(
         policy = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
     if reward is None and reward_fn is None:
         reward = ScalarModel.load(config.require_given("reward_model"))
-    for name, given in (("reward_model", reward), ("value", value)):
-        if given is not None:
-            given.check_ids(name, tokenizer, prompts)
+    for name, scorer in (("reward_model", reward), ("value", value)):
+        if scorer is not None:
+            scorer.check_ids(name, tokenizer, texts)
     if value is None:
         value = copy.deepcopy(reward) if reward else ScalarModel.from_causal_lm(policy, pad)
         value.requires_grad_(True)
@@ -186,17 +197,16 @@ def train_ppo(
         {"policy": actor, "value": critic},
         optimizer,
         scheduler,
-        fingerprint(encoded),
+        fingerprint((encoded, columns)),
         kl_coef=config.kl_coef,
     )
     state.resume()
     actor.eval()
     critic.eval()
     log = MetricsLog(config.output, config.stage, state.step, on_step)
-    clock = KernelClock(config.profile_steps, config.backend, device)
-    bar = tqdm(
-        total=total, initial=state.step, desc="ppo", unit="iteration", disable=not config.progress
-    )
+    ran = backends_of(config, PPO_OPS, device.type)
+    clock = KernelClock(config.profile_steps, ran, device)
+    bar = Progress("ppo", "iteration", state.step, total, config.progress)
 
     size = config.batch_size // config.minibatches
 
@@ -206,8 +216,10 @@ def train_ppo(
     def score(samples: Samples, chosen: list[int]) -> tuple[Tensor, Tensor]:
         """Scores (B,) of the responses cut where they end: as judged, and after the rule for those
         that do not."""
+        bar.part("scoring", 0, len(chosen), "responses")
         if reward_fn is not None:
-            given = reward_fn([prompts[i] for i in chosen], samples.texts(tokenizer))
+            extra = {name: [values[i] for i in chosen] for name, values in columns.items()}
+            given = reward_fn([texts[i] for i in chosen], samples.texts(tokenizer), **extra)
             judged = torch.as_tensor(given, dtype=torch.float32).to(device)
             if judged.shape != (len(chosen),):
                 raise ValueError(
@@ -247,6 +259,7 @@ def train_ppo(
             max_response_tokens=config.max_response_tokens,
             temperature=config.temperature,
             batch_size=config.rollout_batch_size,
+            on_token=lambda n: bar.part("sampling", n, config.max_response_tokens, "tokens"),
         )
         judged, scores = score(samples, chosen)
         mask = samples.mask
@@ -259,7 +272,7 @@ def train_ppo(
             # invariant, so the first pass over the data takes the same rows in the same
             # micro-batches as this one; and the old log-probabilities come from the op whose chunks
             # and bits are those of the loss, not from the logits that the KL takes.
-            for rows in micro_batches_of(first_order):
+            for rows in bar.track("log-probs", micro_batches_of(first_order), "micro-batches"):
                 policies = forward(actor, samples, rows), forward(reference, samples, rows)
                 options: Any = {"temperature": config.temperature, "backend": backend}
                 with accelerator.autocast():
@@ -303,6 +316,7 @@ def train_ppo(
             **{name: number.item() for name, number in sums.items()},
             "length": length.item(),
             "eos_rate": samples.ended.float().mean().item(),
+            "cut": int((~samples.ended).sum()),
         }
         return Rollout(samples, tokens, logprob, values, advantages, returns), metrics
 
@@ -358,24 +372,34 @@ def train_ppo(
         optimizer.step()
         return [reduce(add, parts) for parts in zip(*results, strict=True)]
 
-    while state.step < total:
-        iteration_began = time.perf_counter()
+    def prompts_of(step: int) -> list[int]:
+        """The prompts of an iteration, as a function of seed and step."""
         chosen: list[int] = []
-        for episode in range(state.step * config.batch_size, (state.step + 1) * config.batch_size):
+        for episode in range(step * config.batch_size, (step + 1) * config.batch_size):
             epoch, k = divmod(episode, len(encoded))
             if k == 0 or not chosen:
                 order = shuffled(len(encoded), config.seed, epoch, "prompts")
             chosen.append(order[k])
+        return chosen
+
+    if config.progress and device.type == "cpu" and state.step < total:
+        some = [encoded[i] for i in prompts_of(state.step)]
+        print(forecast(policy, tokenizer, some, config, reward is not None, total - state.step))
+    while state.step < total:
+        iteration_began = time.perf_counter()
+        chosen = prompts_of(state.step)
         passes = [
             torch.tensor(shuffled(config.batch_size, config.seed, epoch, "minibatches")).to(device)
             for epoch in range(
                 state.step * config.inner_epochs, (state.step + 1) * config.inner_epochs
             )
         ]
+        minibatches = [rows for order in passes for rows in order.split(size)]
         with clock.step():
             rollout, metrics = explore(chosen, passes[0])
             with clock.kernels():
-                results = [update(rollout, rows) for order in passes for rows in order.split(size)]
+                learning = bar.track("learning", minibatches, "minibatches")
+                results = [update(rollout, rows) for rows in learning]
         policy_stats, value_stats, policy_loss, value_loss = (
             reduce(add, parts) for parts in zip(*results, strict=True)
         )
@@ -403,6 +427,7 @@ def train_ppo(
         bar.set_postfix(
             score=f"{metrics['score']:.3f}",
             kl=f"{metrics['kl']:.2f}",
+            cut=f"{metrics['cut']}/{config.batch_size}",
             episodes_per_s=int(config.batch_size / metrics["seconds"]),
             refresh=False,
         )
@@ -412,6 +437,11 @@ def train_ppo(
 
     bar.close()
     log.close()
+    cut = sum(row["cut"] for row in log.history)
+    print(
+        f"ppo: {cut} of {state.step * config.batch_size} responses were cut at "
+        f"{config.max_response_tokens} tokens, before their end"
+    )
     actor, critic = (accelerator.unwrap_model(m, keep_fp32_wrapper=False) for m in (actor, critic))
     folder = config.output / "model"
     for name, model in (("model", actor), ("value", critic)):
@@ -422,6 +452,35 @@ def train_ppo(
     write_json(config.output / KERNELS, kernels)
     seconds = time.perf_counter() - began
     return PPOResult(actor, critic, tokenizer, folder, log.history, kernels, seconds)
+
+
+def columns_for(reward_fn: RewardFn, prompts: Sequence[str]) -> dict[str, list[Any]]:
+    """The columns of the prompts that reward_fn takes beside prompts and responses, a value a
+    prompt: those it names, or all of them where it has **kwargs. A prompt without one gives None.
+
+    Raises DataError for a prompt without a column that reward_fn cannot do without.
+    """
+    try:
+        parameters = list(inspect.signature(reward_fn).parameters.values())
+    except ValueError:  # some callables in C have no signature
+        return {}
+    rows = [prompt.columns if isinstance(prompt, Prompt) else {} for prompt in prompts]
+    known = list(dict.fromkeys(name for row in rows for name in row))
+    by_place = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    taken = [p.name for p in parameters if p.kind in by_place][:2]  # prompts and responses
+    rest = [p for p in parameters if p.kind in by_name and p.name not in taken]
+    for name in (p.name for p in rest if p.default is Parameter.empty):
+        missing = [i for i, row in enumerate(rows) if name not in row]
+        if missing:
+            where = getattr(prompts[missing[0]], "where", "") or f"prompts[{missing[0]}]"
+            raise DataError(
+                f"{where}: missing key {name!r}, which reward_fn requires and {len(missing)} of "
+                f"{len(rows)} prompts lack"
+            )
+    if not any(p.kind == Parameter.VAR_KEYWORD for p in parameters):
+        known = [name for name in known if name in {p.name for p in rest}]
+    return {name: [row.get(name) for row in rows] for name in known if name not in taken}
 
 
 @torch.no_grad()

@@ -25,16 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
-from rlhf_trainer.config import ConfigError, RewardConfig
+from rlhf_trainer.config import ConfigError, DataError, RewardConfig
 from rlhf_trainer.data import (
-    Demonstration,
     EncodedRanking,
-    Ranking,
+    Source,
     collate,
+    count_cut,
     encode_demonstrations,
     encode_rankings,
     fingerprint,
@@ -55,11 +54,13 @@ from rlhf_trainer.model import (
     settle,
     train_tokenizer,
 )
+from rlhf_trainer.progress import Progress
 from rlhf_trainer.scalar import ScalarModel, center_scores, sequence_scores
 from rlhf_trainer.state import (
     RunState,
     adam,
     backend_of,
+    backends_of,
     cosine,
     replace_folder,
     start,
@@ -89,30 +90,34 @@ def train_reward(
     *,
     model: PreTrainedModel | ScalarModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    train: Sequence[Ranking] | None = None,
-    heldout: Sequence[Ranking] | None = None,
-    reference: Sequence[Demonstration] | None = None,
+    train: Source | None = None,
+    heldout: Source | None = None,
+    reference: Source | None = None,
     on_step: OnStep | None = None,
 ) -> RewardResult:
     """Train a reward model on rankings; what is None is read from what the config names.
 
     A causal language model lends a copy of its backbone; a ScalarModel is trained in place.
-    `reference` are the answers whose mean score becomes 0. Raises ConfigError or DataError before
-    any training.
+    Examples are Rankings, or dicts that hold what a line of a file holds. `reference` are the
+    answers (Demonstrations, or dicts) whose mean score becomes 0. Raises ConfigError or DataError
+    before any training.
     """
     began = time.perf_counter()
     accelerator = start(config, REWARD_OPS)
     backend, device = backend_of(config), accelerator.device
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
-    if train is None:
-        train = read_rankings(config.require_given("train_file"), tokenizer)
-    if heldout is None and config.heldout_file is not None:
-        heldout = read_rankings(config.heldout_file, tokenizer)
-    if heldout is None:
+    bad = config.on_bad_line
+    read = partial(read_rankings, tokenizer=tokenizer, on_bad_line=bad)
+    train = read(config.require_given("train_file") if train is None else train, name="train")
+    apart = config.heldout_file if heldout is None else heldout
+    if apart is not None:
+        heldout = read(apart, name="heldout")
+    else:
         train, heldout = split(train, [e.prompt for e in train], config.heldout_share, config.seed)
-    if reference is None and config.reference_file is not None:
-        reference = read_demonstrations(config.reference_file, tokenizer)
+    answers = config.reference_file if reference is None else reference
+    if answers is not None:
+        answers = read_demonstrations(answers, tokenizer, name="reference", on_bad_line=bad)
     if tokenizer is None:
         tokenizer = train_tokenizer(text for e in train for text in (e.prompt, *e.completions))
     tokenizer = checked_tokenizer(tokenizer)
@@ -128,8 +133,8 @@ def train_reward(
     groups, held = (
         [
             group
-            for group in encode_rankings(tokenizer, rankings, config.max_response_tokens)
-            if len(group.rows[0].prompt) <= config.max_prompt_tokens and len(set(group.ranks)) > 1
+            for group in encode_rankings(tokenizer, rankings, config.max_response_tokens, bad)
+            if 0 < len(group.rows[0].prompt) <= config.max_prompt_tokens and group.teaches
         ]
         for rankings in (train, heldout)
     )
@@ -138,16 +143,20 @@ def train_reward(
             "max_prompt_tokens: expected a prompt that fits, with completions not all tied, "
             f"got none in {len(train)} rankings"
         )
-    if reference is not None:
-        zero = encode_demonstrations(tokenizer, reference, config.max_response_tokens)
+    if answers is not None:
+        zero = encode_demonstrations(tokenizer, answers, config.max_response_tokens, bad)
+        zero = [row for row in zero if row.prompt]
+        if not zero:
+            raise DataError("reference: expected an answer whose prompt has tokens, got none")
     else:
         zero = [row for group in held or groups for row in group.rows]
-    rows = [*zero, *(row for group in groups + held for row in group.rows)]
-    check_length(model.model, max(len(row.prompt) + len(row.response) for row in rows))
+    rows = [row for group in groups + held for row in group.rows]
+    check_length(model.model, max(len(row.prompt) + len(row.response) for row in rows + zero))
     dropped = len(train) + len(heldout) - len(groups) - len(held)
     print(
         f"reward: {len(groups)} prompts, {len(held)} held out, "
-        f"{dropped} dropped (too long, or all tied)"
+        f"{dropped} dropped (too long, or all tied or the same); "
+        f"{count_cut(rows)} completions cut to {config.max_response_tokens} tokens"
     )
 
     per_epoch = math.ceil(len(groups) / config.batch_size)
@@ -162,10 +171,9 @@ def train_reward(
     )
     state.resume()
     log = MetricsLog(config.output, config.stage, state.step, on_step)
-    clock = KernelClock(config.profile_steps, config.backend, device)
-    bar = tqdm(
-        total=total, initial=state.step, desc="reward", unit="step", disable=not config.progress
-    )
+    ran = backends_of(config, REWARD_OPS, device.type)
+    clock = KernelClock(config.profile_steps, ran, device)
+    bar = Progress("reward", "step", state.step, total, config.progress)
 
     def forward(micro: Sequence[EncodedRanking]) -> tuple[Tensor, rk.RewardStats]:
         """Loss (mean over the prompts) and statistics of a micro-batch of prompts."""
@@ -182,7 +190,8 @@ def train_reward(
         scorer.eval()
         loss, parts = 0.0, []
         with torch.no_grad():
-            for micro in micro_batches(held, config.micro_batch_size):
+            micros = list(micro_batches(held, config.micro_batch_size))
+            for micro in bar.track("evaluating", micros, "micro-batches"):
                 part, stats = forward(micro)
                 loss += part.item() * len(micro) / len(held)
                 parts.append(stats)
@@ -195,9 +204,10 @@ def train_reward(
         step_began = time.perf_counter()
         scorer.train()
         loss, parts = torch.zeros((), device=device), []
+        micros = list(micro_batches(batch, config.micro_batch_size))
         with clock.step(), clock.kernels():
             optimizer.zero_grad()
-            for micro in micro_batches(batch, config.micro_batch_size):
+            for micro in bar.track("learning", micros, "micro-batches"):
                 part, stats = forward(micro)
                 part = part * (len(micro) / len(batch))  # the mean over the batch's prompts
                 accelerator.backward(part)
@@ -234,6 +244,7 @@ def train_reward(
     bar.close()
     log.close()
     scorer = accelerator.unwrap_model(scorer, keep_fp32_wrapper=False).eval()
+    print(f"reward: scoring {len(zero)} answers, whose mean becomes 0")
     center_scores(scorer, zero, rows, pad, 2 * config.micro_batch_size)
     folder = config.output / "model"
     replace_folder(folder, partial(save_model, scorer, tokenizer))

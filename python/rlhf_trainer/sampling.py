@@ -3,12 +3,19 @@ describe."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from rlhf_trainer.data import encode_prompts, left_pad
 from rlhf_trainer.tokens import stop_ids
@@ -43,6 +50,17 @@ class Samples:
         return tokenizer.batch_decode(said, skip_special_tokens=True)
 
 
+class Heard(StoppingCriteria):
+    """Stops nothing: generate() tells it of every token."""
+
+    def __init__(self, prompt_width: int, on_token: Callable[[int], None]) -> None:
+        self.prompt_width, self.on_token = prompt_width, on_token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        self.on_token(input_ids.shape[1] - self.prompt_width)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -52,9 +70,11 @@ def sample(
     max_response_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 128,
+    on_token: Callable[[int], None] = lambda count: None,
 ) -> Samples:
     """Sample one continuation of each prompt from the model's whole distribution (temperature 0:
-    greedy), up to the first of stop_ids."""
+    greedy), up to the first of stop_ids. on_token hears how many tokens each sequence of the batch
+    has after every step."""
     stops, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
     prompt_ids, prompt_mask = (t.to(model.device) for t in left_pad(prompts, pad))
     settings = GenerationConfig(
@@ -79,6 +99,7 @@ def sample(
                 input_ids=prompt_ids[rows],
                 attention_mask=prompt_mask[rows],
                 generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([Heard(prompt_ids.shape[1], on_token)]),
             )
             parts.append(output[:, prompt_ids.shape[1] :])
     finally:

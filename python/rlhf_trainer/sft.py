@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 from rlhf_trainer.config import ConfigError, SFTConfig
 from rlhf_trainer.data import (
-    Demonstration,
     Encoded,
+    Source,
     collate,
+    count_cut,
     encode_demonstrations,
     fingerprint,
     micro_batches,
@@ -51,10 +51,12 @@ from rlhf_trainer.model import (
     settle,
     train_tokenizer,
 )
+from rlhf_trainer.progress import Progress
 from rlhf_trainer.state import (
     RunState,
     adam,
     backend_of,
+    backends_of,
     cosine,
     replace_folder,
     start,
@@ -83,14 +85,15 @@ def train_sft(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    train: Sequence[Demonstration] | None = None,
-    heldout: Sequence[Demonstration] | None = None,
+    train: Source | None = None,
+    heldout: Source | None = None,
     on_step: OnStep | None = None,
 ) -> SFTResult:
     """Fine-tune `model` in place; what is None is read from what the config names.
 
-    `heldout` None holds out config.heldout_share of `train`; an empty one turns evaluation off, and
-    then the last weights are kept. Raises ConfigError or DataError before any training.
+    Examples are Demonstrations, or dicts that hold what a line of a file holds. `heldout` None
+    holds out config.heldout_share of `train`; an empty one turns evaluation off, and then the last
+    weights are kept. Raises ConfigError or DataError before any training.
     """
     began = time.perf_counter()
     folder = config.output / "model"
@@ -98,11 +101,12 @@ def train_sft(
     backend, device = backend_of(config), accelerator.device
 
     tokenizer = load_tokenizer(config.tokenizer, config.model) if tokenizer is None else tokenizer
-    if train is None:
-        train = read_demonstrations(config.require_given("train_file"), tokenizer)
-    if heldout is None and config.heldout_file is not None:
-        heldout = read_demonstrations(config.heldout_file, tokenizer)
-    if heldout is None:
+    read = partial(read_demonstrations, tokenizer=tokenizer, on_bad_line=config.on_bad_line)
+    train = read(config.require_given("train_file") if train is None else train, name="train")
+    apart = config.heldout_file if heldout is None else heldout
+    if apart is not None:
+        heldout = read(apart, name="heldout")
+    else:
         train, heldout = split(train, [e.prompt for e in train], config.heldout_share, config.seed)
     if tokenizer is None:
         tokenizer = train_tokenizer(text for e in train for text in (e.prompt, e.response))
@@ -113,8 +117,10 @@ def train_sft(
     rows, held = (
         [
             row
-            for row in encode_demonstrations(tokenizer, examples, config.max_response_tokens)
-            if len(row.prompt) <= config.max_prompt_tokens
+            for row in encode_demonstrations(
+                tokenizer, examples, config.max_response_tokens, config.on_bad_line
+            )
+            if 0 < len(row.prompt) <= config.max_prompt_tokens
         ]
         for examples in (train, heldout)
     )
@@ -126,7 +132,8 @@ def train_sft(
     check_head(model)
     dropped = len(train) + len(heldout) - len(rows) - len(held)
     print(
-        f"sft: {len(rows)} demonstrations, {len(held)} held out, {dropped} dropped (long prompts)"
+        f"sft: {len(rows)} demonstrations, {len(held)} held out, {dropped} dropped (long prompts); "
+        f"{count_cut(rows + held)} responses cut to {config.max_response_tokens} tokens"
     )
 
     per_epoch = math.ceil(len(rows) / config.batch_size)
@@ -141,10 +148,9 @@ def train_sft(
     )
     state.resume()
     log = MetricsLog(config.output, config.stage, state.step, on_step)
-    clock = KernelClock(config.profile_steps, config.backend, device)
-    bar = tqdm(
-        total=total, initial=state.step, desc="sft", unit="step", disable=not config.progress
-    )
+    ran = backends_of(config, SFT_OPS, device.type)
+    clock = KernelClock(config.profile_steps, ran, device)
+    bar = Progress("sft", "step", state.step, total, config.progress)
 
     def forward(micro: Sequence[Encoded], tokens: int) -> Tensor:
         """The loss of a micro-batch: its share of a mean over so many tokens."""
@@ -164,7 +170,8 @@ def train_sft(
         lm.eval()
         tokens = sum(len(row.response) for row in held)
         with torch.no_grad():
-            parts = [forward(m, tokens) for m in micro_batches(held, config.micro_batch_size)]
+            micros = list(micro_batches(held, config.micro_batch_size))
+            parts = [forward(m, tokens) for m in bar.track("evaluating", micros, "micro-batches")]
         return torch.stack(parts).sum().item()
 
     while state.step < total and not 0 < config.patience <= state.stale:
@@ -177,9 +184,10 @@ def train_sft(
         step_began = time.perf_counter()
         lm.train()
         loss = torch.zeros((), device=device)
+        micros = list(micro_batches(batch_rows, config.micro_batch_size))
         with clock.step(), clock.kernels():
             optimizer.zero_grad()
-            for micro in micro_batches(batch_rows, config.micro_batch_size):
+            for micro in bar.track("learning", micros, "micro-batches"):
                 part = forward(micro, tokens)
                 accelerator.backward(part)
                 loss += part.detach()
@@ -219,6 +227,11 @@ def train_sft(
 
     bar.close()
     log.close()
+    if state.step < total:
+        print(
+            f"sft: stopped early, after step {state.step} of {total}: the last {state.stale} "
+            f"held-out evaluations found no loss below that of step {state.best_step}"
+        )
     lm = accelerator.unwrap_model(lm, keep_fp32_wrapper=False)
     if config.keep == "best" and state.best_step:
         load_weights(lm, folder)

@@ -33,6 +33,7 @@ from rlhf_trainer.model import load_weights, save_model
 MODELS = ("model", "value")  # folders of what a run ends with
 # A resumed run may differ in these and still continue the same run.
 FREE = {"config", "output", "resume", "device", "save_every", "progress", "plot", "profile_steps"}
+FREE |= {"on_bad_line"}  # what it makes of the data is compared
 
 
 def start(config: RunConfig, ops: Sequence[str]) -> Accelerator:
@@ -95,6 +96,11 @@ def check_backend(config: RunConfig, ops: Sequence[str], device_type: str) -> No
             select(op, device_type, backend_of(config))
         except (RuntimeError, ValueError) as error:
             raise ConfigError(str(error)) from error
+
+
+def backends_of(config: RunConfig, ops: Sequence[str], device_type: str) -> list[str]:
+    """The backends that `ops` run on, as the option, the environment and the device have it."""
+    return sorted({select(op, device_type, backend_of(config)) for op in ops})
 
 
 def remove_run(output: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import rlhf_trainer
 from rlhf_trainer.cli import main, parse
 from rlhf_trainer.config import ConfigError, PPOConfig, RewardConfig, SFTConfig, load_yaml
+from rlhf_trainer.demo import DemoConfig
 
 
 def test_usage_names_the_stages(capsys):
@@ -85,6 +87,53 @@ def test_bad_yaml_names_file_and_key(tmp_path, text, message):
         load_yaml(SFTConfig, path)
 
 
+DATA_FILES = ("config", "output", "train_file", "heldout_file", "model", "tokenizer")
+PATHS = [
+    (SFTConfig, DATA_FILES),
+    (RewardConfig, (*DATA_FILES, "reference_file")),
+    (PPOConfig, ("config", "output", "prompt_file", "model", "tokenizer", "reward_model")),
+    (DemoConfig, ("config", "out")),
+]
+
+
+@pytest.mark.parametrize(("kind", "names"), PATHS, ids=lambda x: getattr(x, "__name__", None))
+def test_tilde_is_the_home_folder_in_every_path(kind, names, tmp_path, monkeypatch):
+    """On the command line, in YAML and in Python; a path may be a string, a model's one a Path."""
+    hints = typing.get_type_hints(kind)
+    assert {n for n, hint in hints.items() if "Path" in str(hint)} <= set(names)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").write_text("".join(f"{name}: ~/x\n" for name in names))
+    args = [part for name in names for part in (f"--{name.replace('_', '-')}", "~/x")]
+    stage = getattr(kind, "stage", "demo")
+    for config in (
+        kind(**dict.fromkeys(names, "~/x")),
+        kind(**dict.fromkeys(names, Path("~/x"))),
+        load_yaml(kind, Path("~/x")),
+        parse(stage, kind, args),
+    ):
+        for name in names:
+            text = name in ("model", "tokenizer", "reward_model")
+            expected = str(tmp_path / "x") if text else tmp_path / "x"
+            assert getattr(config, name) == expected, name
+
+
+def test_options_in_python_have_their_types():
+    config = SFTConfig(output="runs/x", learning_rate="1e-4", adam_betas=[0.8, 0], epochs=2.0)
+    assert (config.output, config.learning_rate, config.epochs) == (Path("runs/x"), 1e-4, 2)
+    assert config.adam_betas == (0.8, 0.0) and isinstance(config.epochs, int)
+    config.output = "runs/y"
+    config.validate()
+    assert config.output == Path("runs/y")
+    for name, value, message in (
+        ("output", 3, "output: expected Path, got 3"),
+        ("epochs", None, "epochs: expected int, got None"),
+        ("keep", "first", r"keep: expected Literal\['best', 'last'\], got 'first'"),
+        ("model", 7, "model: expected str, got 7"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            SFTConfig(**{name: value})
+
+
 def test_yaml_none_and_empty(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("missing_eos_score: null\nkl_target: 6\n")
@@ -108,7 +157,7 @@ def test_yaml_none_and_empty(tmp_path):
         (SFTConfig(dropout=1.0), "dropout: expected a number in"),
         (RewardConfig(heldout_share=1.0), "heldout_share: expected a number in"),
         (PPOConfig(batch_size=10, minibatches=3), "minibatches: expected a divisor of batch_size"),
-        (PPOConfig(episodes=100), "episodes: expected at least batch_size"),
+        (PPOConfig(episodes=30), r"episodes: expected at least batch_size \(64\), got 30"),
         (PPOConfig(kl_target=0.0), "kl_target: expected a number > 0, or none, got 0.0"),
         (PPOConfig(missing_eos_penalty=1.0), "missing_eos_penalty: expected 0 unless"),
         (PPOConfig(temperature=0.0), "temperature: expected a number > 0, got 0.0"),
@@ -173,3 +222,20 @@ def test_end_line_without_held_out_data(tmp_path, write_lines, capsys):
         main([*args.split(), *quick.split()])
         end = capsys.readouterr().out.splitlines()[-1]
         assert end == f"{stage}: no held-out data; {tmp_path / stage / 'model'}"
+
+
+def test_public_names_are_imported_on_first_use():
+    assert sorted(rlhf_trainer.__all__) == sorted(rlhf_trainer._MODULE_OF)
+    assert set(rlhf_trainer.__all__) <= set(dir(rlhf_trainer))
+    for name in rlhf_trainer.__all__:
+        assert callable(getattr(rlhf_trainer, name)), name
+    with pytest.raises(ImportError, match="cannot import name 'train_dpo'"):
+        from rlhf_trainer import train_dpo  # noqa: F401
+    code = (
+        "import sys; from rlhf_trainer import SFTConfig; print('torch' in sys.modules)\n"
+        "from rlhf_trainer import train_sft, train_reward, train_ppo; print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert done.stdout.split() == ["False", "True"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from rlhf_trainer.data import (
     Ranking,
     collate,
     comparison,
+    count_cut,
     encode_demonstrations,
     encode_prompts,
     encode_rankings,
@@ -119,6 +122,136 @@ def test_all_bad_lines_are_counted(write_lines):
     lines = str(caught.value).splitlines()
     assert [f"{path}:{k}:" in lines[k - 2] for k in range(2, 7)] == [True] * 5
     assert lines[5] == "and 3 more bad lines"
+    assert lines[6] == "(--on-bad-line skip leaves them out and counts them)"
+
+
+KINDS: list[tuple[Any, list[Any]]] = [
+    (
+        read_demonstrations,
+        [
+            GOOD,
+            "{",
+            "[1]",
+            {"prompt": "say a"},
+            {"prompt": "say a", "response": " \n"},
+            {"prompt": "say a", "response": 3},
+            {"messages": [*CHAT[:3], answer(" ")]},
+        ],
+    ),
+    (
+        read_rankings,
+        [
+            {"prompt": "p", "chosen": "a", "rejected": "b"},
+            {"prompt": "p", "chosen": "a", "rejected": "\t"},
+            {"prompt": "p", "chosen": "a", "rejected": "a"},
+            {
+                "chosen": "\n\nHuman: hi\n\nAssistant: yes",
+                "rejected": "\n\nHuman: hi\n\nAssistant:",
+            },
+            {"chosen": "\n\nHuman: hi\n\nAssistant: yes"},
+            {"prompt": "p", "completions": ["a", " "], "ranks": [1, 2]},
+            {"prompt": "p", "completions": ["a", "b", "a"], "ranks": [1, 2, 3]},
+        ],
+    ),
+    (read_prompts, [{"prompt": "say a"}, {"prompt": ""}, {"messages": CHAT}, "{", '"a"']),
+]
+
+
+@pytest.mark.parametrize(("read", "rows"), KINDS, ids=lambda x: getattr(x, "__name__", ""))
+def test_every_kind_of_bad_line_is_named_or_skipped_and_counted(write_lines, capsys, read, rows):
+    path = write_lines("data.jsonl", rows)
+    for k, row in enumerate(rows[1:]):
+        alone = write_lines("one.jsonl", [rows[0], row])
+        with pytest.raises(DataError, match=rf"{alone}:2: "):
+            read(alone)
+        assert len(read(alone, on_bad_line="skip")) == 1, k
+    capsys.readouterr()
+    assert read(path, on_bad_line="skip") == read(write_lines("good.jsonl", rows[:1]))
+    count = len(rows) - 1
+    said = f"skipped {count} of {count + 1} examples of {path}; the first: {path}:2: "
+    assert capsys.readouterr().out.startswith(said)
+    with pytest.raises(DataError, match=rf"{path}:2: "):  # none is left
+        read(write_lines("data.jsonl", ["", *rows[1:]]), on_bad_line="skip")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": " "}, "rejected: expected an answer, got blank text"),
+        ({"chosen": "a", "rejected": "a"}, "chosen, rejected: expected different answers"),
+        (
+            {"completions": ["a", "b", "a"], "ranks": [1, 2, 2]},
+            r"completions\[0\], completions\[2\]: expected different answers where one is better",
+        ),
+    ],
+)
+def test_blank_and_contradictory_answers_are_refused(write_lines, row, message):
+    row = {"prompt": "p", **row}
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: {message}"):
+        read_rankings(write_lines("data.jsonl", [row]))
+    with pytest.raises(DataError, match=rf"train\[0\]: {message}"):
+        read_rankings([row], name="train")
+
+
+def test_one_text_twice_at_the_same_rank_is_a_tie(write_lines):
+    row = {"prompt": "p", "completions": ["a", "b", "a"], "ranks": [1, 2, 1]}
+    assert read_rankings(write_lines("data.jsonl", [row]))[0].ranks == (1, 2, 1)
+
+
+@pytest.mark.parametrize(("read", "rows"), KINDS, ids=lambda x: getattr(x, "__name__", ""))
+def test_dicts_in_memory_are_read_as_lines_are(write_lines, read, rows):
+    dicts = [row for row in rows if isinstance(row, dict)]
+    (example,) = read([rows[0]])
+    assert [example] == read(write_lines("data.jsonl", rows[:1])) == read([example])
+    for row in dicts[1:]:
+        with pytest.raises(DataError, match=r"^train\[2\]: "):
+            read([example, rows[0], row], name="train")
+    with pytest.raises(DataError, match=r"^train\[1\]: expected a dict, got int"):
+        read([example, 3], name="train")
+    assert read([], name="heldout") == []
+    with pytest.raises(DataError, match="train: no examples"):
+        read([], name="train")
+
+
+def test_error_of_a_dict_names_index_and_key():
+    with pytest.raises(DataError, match=r"^train\[1\]: missing key 'response'; the line has 'pro"):
+        read_demonstrations([GOOD, {"prompt": "say a"}], name="train")
+
+
+def test_prompts_keep_what_else_their_lines_hold(write_lines):
+    rows = [{"prompt": "say a", "answer": "a", "n": 1}, {"messages": CHAT[:1], "answer": "b"}]
+    for prompts in (read_prompts(write_lines("data.jsonl", rows)), read_prompts(rows)):
+        assert [p.columns for p in prompts] == [{"answer": "a", "n": 1}, {"answer": "b"}]
+
+
+def test_prompts_without_tokens_are_skipped_and_counted(tokenizer, capsys):
+    rankings = [comparison("<eos>", "a", "b"), comparison("say", "a", "b")]
+    first, second = encode_rankings(tokenizer, rankings, 8, "skip")
+    assert not first.rows[0].prompt and second.rows[0].prompt
+    assert capsys.readouterr().out.startswith("skipped 1 of 2 prompts; the first: prompt: expect")
+
+
+def test_cut_responses_are_known(tokenizer):
+    a, eos = tokenizer.convert_tokens_to_ids(["a", "<eos>"])
+    examples = [Demonstration("say", text) for text in ("a", "a a", "a a a")]
+    rows = encode_demonstrations(tokenizer, examples, 2)
+    assert [row.response for row in rows] == [[a, eos], [a, a], [a, a]]
+    assert [row.cut for row in rows] == [False, True, True]
+    assert count_cut(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "ranks", "teaches"),
+    [
+        (("a", "b"), (1, 2), True),
+        (("a", "b"), (1, 1), False),
+        (("a a b", "a a c"), (1, 2), False),  # the cut to 2 tokens leaves the same
+        (("a", "b", "a"), (1, 1, 2), True),  # the second against the third
+    ],
+)
+def test_ranking_teaches_where_rank_and_tokens_differ(tokenizer, texts, ranks, teaches):
+    (group,) = encode_rankings(tokenizer, [Ranking("say", texts, ranks)], 2)
+    assert group.teaches is teaches
 
 
 def test_unreadable_files(write_lines, tmp_path):

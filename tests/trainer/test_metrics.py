@@ -45,7 +45,7 @@ def test_plot(tmp_path):
 def test_kernel_clock(backend):
     if backend == "cpu" and "error" in rk.build_info():
         pytest.skip(f"no CPU kernels: {rk.build_info()['error']}")
-    clock = KernelClock(2, backend, torch.device("cpu"))
+    clock = KernelClock(2, [backend], torch.device("cpu"))
     logits, tokens = torch.randn(64, 5000), torch.zeros(64, dtype=torch.long)
     for _ in range(5):
         with clock.step():
@@ -72,7 +72,7 @@ def test_kernel_clock_counts_no_time_twice():
     """Of an op inside another one: the outer one's time is what is left."""
     if "error" in rk.build_info():
         pytest.skip(f"no CPU kernels: {rk.build_info()['error']}")
-    clock = KernelClock(1, "cpu", torch.device("cpu"))
+    clock = KernelClock(1, ["cpu"], torch.device("cpu"))
     hidden, weight = torch.randn(256, 64), torch.randn(20000, 64)
     tokens = torch.zeros(256, dtype=torch.long)
     for _ in range(2):
@@ -86,6 +86,7 @@ def test_kernel_clock_counts_no_time_twice():
 
 
 def test_kernel_clock_without_samples():
-    report = KernelClock(0, "auto", torch.device("cpu")).report()
+    report = KernelClock(0, ["cpu", "reference"], torch.device("cpu")).report()
+    assert report["backend"] == "cpu, reference"
     assert report["ops"] == {}
     assert report["note"] == "no step was sampled"

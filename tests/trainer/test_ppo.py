@@ -14,7 +14,7 @@ import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import LMHead
 from rlhf_trainer import ppo
 from rlhf_trainer.cli import main
-from rlhf_trainer.config import ConfigError
+from rlhf_trainer.config import ConfigError, DataError
 from rlhf_trainer.model import save_model
 from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.scalar import ScalarModel, score_responses
@@ -429,6 +429,85 @@ def test_reward_fn_must_return_a_number_a_response(ppo_config, make_model, token
             reward_fn=lambda prompts, responses: [1.0],
             prompts=PROMPTS,
         )
+
+
+ROWS = [
+    {"prompt": "say a", "answer": "a", "weight": 2},
+    {"prompt": "say b twice c", "answer": "b"},
+]
+
+
+def test_reward_fn_gets_the_columns_that_it_takes(ppo_config, make_model, tokenizer, write_lines):
+    seen: list[dict] = []
+    answers, weights = {"say a": "a", "say b twice c": "b"}, {"say a": 2, "say b twice c": None}
+
+    def check(prompts, responses, answer, weight=1):
+        assert answer == [answers[prompt] for prompt in prompts]
+        assert weight == [weights[prompt] for prompt in prompts]
+        return count_good(prompts, responses)
+
+    def check_all(prompts, responses, **columns):
+        assert columns.keys() == {"answer", "weight"}
+        return check(prompts, responses, **columns)
+
+    def only_one(prompts, responses, *, answer, other=7):
+        assert answer == [answers[prompt] for prompt in prompts] and other == 7
+        seen.append({})
+        return count_good(prompts, responses)
+
+    path = write_lines("prompts.jsonl", ROWS)
+    for k, function in enumerate((check, check_all, only_one, count_good)):
+        for prompts in (ROWS, None):
+            train_ppo(
+                ppo_config(f"{k}-{prompts is None}", episodes=16, prompt_file=path),
+                policy=make_model(),
+                tokenizer=tokenizer,
+                reward_fn=function,
+                prompts=prompts,
+            )
+    assert len(seen) == 2
+
+
+def test_column_that_reward_fn_requires_and_a_prompt_lacks(ppo_config, make_model, tokenizer):
+    def needs(prompts, responses, weight):
+        return count_good(prompts, responses)
+
+    config, data = ppo_config(), {"policy": make_model(), "tokenizer": tokenizer}
+    message = (
+        r"prompts\[1\]: missing key 'weight', which reward_fn requires and 1 of 2 prompts lack"
+    )
+    with pytest.raises(DataError, match=message):
+        train_ppo(config, reward_fn=needs, prompts=ROWS, **data)
+    with pytest.raises(DataError, match=r"prompts\[0\]: missing key 'weight', .* 4 of 4 prompts"):
+        train_ppo(config, reward_fn=needs, prompts=PROMPTS, **data)
+    assert not (config.output / "metrics.jsonl").exists()
+
+
+def test_cut_responses_are_counted_and_said(ppo_config, make_model, tokenizer, capsys):
+    config = ppo_config(episodes=32)
+    result = train_ppo(
+        config, policy=make_model(), tokenizer=tokenizer, reward_fn=count_good, prompts=PROMPTS
+    )
+    cut = [row["cut"] for row in result.history]
+    assert [1 - n / 16 for n in cut] == pytest.approx([row["eos_rate"] for row in result.history])
+    assert 0 < sum(cut) < 32
+    said = f"ppo: {sum(cut)} of 32 responses were cut at 5 tokens, before their end\n"
+    assert said in capsys.readouterr().out
+
+
+def test_bad_prompts_are_skipped_and_counted(ppo_config, make_model, tokenizer, capsys):
+    prompts = [*PROMPTS, {"prompt": ""}, {"prompt": "<eos>"}]
+    with pytest.raises(DataError, match=r"prompts\[4\]: prompt: expected text"):
+        train_ppo(ppo_config(), policy=make_model(), tokenizer=tokenizer, reward_fn=count_good,
+                  prompts=prompts)  # fmt: skip
+    train_ppo(
+        ppo_config(episodes=16, on_bad_line="skip"), policy=make_model(), tokenizer=tokenizer,
+        reward_fn=count_good, prompts=prompts,
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "skipped 1 of 6 examples of prompts; the first: prompts[4]: prompt: expected" in said
+    assert "skipped 1 of 5 prompts; the first: prompts[5]: prompt: expected text with tok" in said
+    assert "ppo: 4 prompts, 1 dropped" in said
 
 
 def test_bf16_keeps_the_first_ratio_at_one(ppo_config, make_model, tokenizer):

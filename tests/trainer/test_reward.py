@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_trainer.cli import main
-from rlhf_trainer.config import ConfigError
+from rlhf_trainer.config import ConfigError, DataError
 from rlhf_trainer.data import Demonstration, Ranking
 from rlhf_trainer.reward import train_reward
 from rlhf_trainer.scalar import ScalarModel, score_responses
@@ -190,6 +190,78 @@ def test_rankings_without_an_order_are_dropped(reward_config, make_model, tokeni
             reward_config("tied"), model=make_model(), tokenizer=tokenizer, train=[tied],
             heldout=[],
         )  # fmt: skip
+
+
+def test_reward_from_dicts_skipping_the_bad_ones(
+    reward_config, make_model, tokenizer, pairs, same_weights, capsys
+):
+    dicts: list[dict] = [
+        {"prompt": p.prompt, "chosen": p.completions[0], "rejected": p.completions[1]}
+        for p in pairs
+    ]
+    demo = {"prompt": "say a", "response": "a good"}
+    bad = [
+        {"prompt": "say a", "chosen": "a", "rejected": ""},
+        {"prompt": "say a", "chosen": "a", "rejected": "a"},
+        {"prompt": "<eos>", "chosen": "a", "rejected": "b"},
+    ]
+    results = []
+    for name, train, reference, options in (
+        ("typed", pairs, [Demonstration("say a", "a good")], {}),
+        ("dicts", dicts, [demo], {}),
+        ("skip", [*dicts, *bad], [demo, {"prompt": "say a", "response": " "},
+                                  {"prompt": "<eos>", "response": "a"}], {"on_bad_line": "skip"}),
+    ):  # fmt: skip
+        results.append(
+            train_reward(
+                reward_config(name, epochs=1, **options),
+                model=make_model(),
+                tokenizer=tokenizer,
+                train=train,
+                heldout=[],
+                reference=reference,
+            )
+        )
+    said = capsys.readouterr().out
+    for result in results[1:]:
+        assert same_weights(result.model, results[0].model)
+        assert result.model.bias == results[0].model.bias != 0
+    assert "skipped 2 of 21 examples of train; the first: train[18]: rejected: expected" in said
+    assert "skipped 1 of 3 examples of reference; the first: reference[1]: response: exp" in said
+    assert "18 prompts, 0 held out, 1 dropped" in said
+    for k, message in enumerate(("rejected: expected", "chosen, rejected: ", "prompt: expected")):
+        with pytest.raises(DataError, match=rf"train\[1\]: {message}"):
+            train_reward(
+                reward_config("bad"), model=make_model(), tokenizer=tokenizer,
+                train=[dicts[0], bad[k]], heldout=[],
+            )  # fmt: skip
+
+
+def test_pairs_that_the_cut_makes_the_same_are_dropped(
+    reward_config, make_model, tokenizer, pairs, capsys
+):
+    train = [*pairs, Ranking("say a", ("a a a good", "a a a bad"), (1, 2))]
+    config = reward_config(epochs=1, max_response_tokens=3)
+    train_reward(config, model=make_model(), tokenizer=tokenizer, train=train, heldout=[])
+    # "x y y bad <eos>" is cut, "x y good <eos>" is not; the pair that is the same is gone.
+    said = (
+        "18 prompts, 0 held out, 1 dropped (too long, or all tied or the same); 18 completions cut"
+    )
+    assert said in capsys.readouterr().out
+
+
+def test_empty_reference_is_refused_before_training(reward_config, make_model, tokenizer, pairs):
+    config = reward_config(on_bad_line="skip")
+    for reference, message in (
+        ([], "reference: no examples"),
+        ([{"prompt": "<eos>", "response": "a"}], "reference: expected an answer whose prompt"),
+    ):
+        with pytest.raises(DataError, match=message):
+            train_reward(
+                config, model=make_model(), tokenizer=tokenizer, train=pairs, heldout=[],
+                reference=reference,
+            )  # fmt: skip
+    assert not (config.output / "metrics.jsonl").exists()
 
 
 @pytest.mark.skipif(not HH.exists(), reason="the HH-RLHF sample is not beside this checkout")

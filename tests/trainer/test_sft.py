@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trainer.cli import main
-from rlhf_trainer.config import ConfigError
+from rlhf_trainer.config import ConfigError, DataError
 from rlhf_trainer.data import Demonstration
 from rlhf_trainer.sampling import respond
 from rlhf_trainer.sft import train_sft
@@ -147,6 +147,49 @@ def test_best_weights_are_kept_and_patience_ends_the_run(
     assert again.best["loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
+def test_early_stop_says_so(sft_config, make_model, tokenizer, demonstrations, capsys):
+    heldout = [Demonstration("say a", "b"), Demonstration("say b", "a")]
+    config = sft_config(epochs=40, eval_every=1, patience=4, learning_rate=3e-3)
+    data = {"tokenizer": tokenizer, "train": demonstrations, "heldout": heldout}
+    result = train_sft(config, model=make_model(), **data)
+    best = result.best["step"]
+    assert (
+        f"sft: stopped early, after step {best + 4} of 120: the last 4 held-out evaluations found "
+        f"no loss below that of step {best}\n"
+    ) in capsys.readouterr().out
+    train_sft(sft_config("whole", epochs=1), model=make_model(), **data)
+    assert "stopped early" not in capsys.readouterr().out
+
+
+def test_sft_from_dicts_skipping_the_bad_ones(
+    sft_config, make_model, tokenizer, demonstrations, same_weights, capsys
+):
+    """The same training as from Demonstrations; a prompt without tokens is found late."""
+    dicts: list[dict] = [{"prompt": d.prompt, "response": d.response} for d in demonstrations]
+    bad = [{"prompt": "say a", "response": " "}, {"prompt": "<eos>", "response": "a"}]
+    data = {"tokenizer": tokenizer, "heldout": dicts[:4]}
+    good = train_sft(
+        sft_config("good"), model=make_model(), train=demonstrations, tokenizer=tokenizer,
+        heldout=demonstrations[:4],
+    )  # fmt: skip
+    again = train_sft(sft_config("dicts"), model=make_model(), train=dicts, **data)
+    assert same_weights(again.model, good.model)
+    for name, error in (("blank", bad[:1]), ("empty", bad[1:])):
+        with pytest.raises(
+            DataError, match=r"^train\[18\]: (response: expected an answer|prompt:)"
+        ):
+            train_sft(sft_config(name), model=make_model(), train=[*dicts, *error], **data)
+    capsys.readouterr()
+    skipped = train_sft(
+        sft_config("skip", on_bad_line="skip"), model=make_model(), train=[*dicts, *bad], **data
+    )
+    assert same_weights(skipped.model, good.model)
+    said = capsys.readouterr().out
+    assert "skipped 1 of 20 examples of train; the first: train[18]: response: expected" in said
+    assert "skipped 1 of 19 prompts; the first: train[19]: prompt: expected text with t" in said
+    assert "18 demonstrations, 4 held out, 1 dropped" in said
+
+
 def test_keep_last(sft_config, make_model, tokenizer, demonstrations, same_weights):
     """What is kept differs from the best where the held-out loss rises."""
     heldout = [Demonstration("say a", "b"), Demonstration("say b", "a")]
@@ -254,7 +297,8 @@ def test_long_prompts_are_dropped_and_long_responses_cut(sft_config, make_model,
         batch_size=3, epochs=1, max_prompt_tokens=3, max_response_tokens=3, heldout_share=0.0
     )
     result = train_sft(config, model=make_model(), tokenizer=tokenizer, train=train)
-    assert "2 demonstrations, 0 held out, 1 dropped" in capsys.readouterr().out
+    said = "2 demonstrations, 0 held out, 1 dropped (long prompts); 1 responses cut to 3 tokens\n"
+    assert said in capsys.readouterr().out
     assert result.history[0]["tokens"] == 2 + 3  # "a <eos>" and "b b b"
     with pytest.raises(ConfigError, match="expected a prompt that fits, got 3 longer ones"):
         train_sft(

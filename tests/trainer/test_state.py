@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_kernels.backend import INTERPRETING
+from rlhf_kernels.backend import INTERPRETING, why_not
 from rlhf_trainer import ppo, reward, sft
 from rlhf_trainer.config import ConfigError
 from rlhf_trainer.reward import train_reward
@@ -160,3 +160,16 @@ def test_backend_that_cannot_run_is_found_before_anything_is_written(
 def test_ops_that_are_checked_are_those_that_the_stage_calls(stage, ops):
     source = Path(stage.__file__).read_text(encoding="utf-8")
     assert sorted(ops) == sorted(set(re.findall(r"\brk\.([a-z_]+)\(", source)))
+
+
+@pytest.mark.parametrize("asked", ["auto", "reference", "environment"])
+def test_kernels_json_says_which_backend_ran(sft_config, make_model, data, monkeypatch, asked):
+    """Also where the environment chose it."""
+    if asked == "environment":
+        monkeypatch.setenv("RLHF_KERNELS_BACKEND", "reference")
+    config = sft_config(backend="auto" if asked == "environment" else asked, epochs=1)
+    train_sft(config, model=make_model(), **data)
+    expected = "reference"
+    if asked == "auto":
+        expected = "cpu" if why_not("linear_token_loss", "cpu") is None else "reference"
+    assert json.loads((config.output / "kernels.json").read_text())["backend"] == expected
