@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 from rlhf_trainer.config import ConfigError, DataError, RewardConfig
+from rlhf_trainer.curves import plot
 from rlhf_trainer.data import (
     EncodedRanking,
     Source,
@@ -42,7 +43,7 @@ from rlhf_trainer.data import (
     shuffled,
     split,
 )
-from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep
 from rlhf_trainer.model import (
     ScalarModel,
     check_length,
