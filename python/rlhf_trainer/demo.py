@@ -26,6 +26,8 @@ from typing import Any, Literal
 import numpy
 import torch
 import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,6 +39,7 @@ import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import hidden_forward
 from rlhf_trainer import world
 from rlhf_trainer.config import ConfigError, Options, PPOConfig, RewardConfig, SFTConfig
+from rlhf_trainer.curves import LOSS, History, Panel, draw
 from rlhf_trainer.data import Demonstration, Encoded, Ranking, collate
 from rlhf_trainer.metrics import CURVES
 from rlhf_trainer.model import completion_hidden
@@ -233,7 +236,8 @@ def _run(config: DemoConfig) -> dict[str, Any]:
         },
     }
     write_json(config.out / MARK, report)
-    draw(sft_history, reward_history, ppo_history, config.out / CURVES)
+    figure = picture(sft_history, reward_history, ppo_history)
+    figure.savefig(config.out / CURVES, dpi=110)
     show(report, answers, questions, config.out)
     return report
 
@@ -579,27 +583,23 @@ def _peak(profiler: profile) -> int:
 # ---- Report -------------------------------------------------------------------------------------
 
 
-def draw(sft: list[dict], reward: list[dict], ppo: list[dict], path: Path) -> None:
+def picture(sft: History, reward: History, ppo: History) -> Figure:
     """One picture of the three stages."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    curves = (
-        ("SFT: held-out loss (nats a token)", sft, "heldout_loss"),
-        ("reward model: training accuracy, noisy labels", reward, "accuracy"),
-        ("PPO: reward model's score", ppo, "score"),
-        ("PPO: KL to SFT (nats a response)", ppo, "kl"),
-        ("PPO: entropy (nats a token)", ppo, "entropy"),
-        ("PPO: explained variance of the value function", ppo, "explained_variance"),
+    heldout = {"accuracy": "training (noisy labels)", "heldout_accuracy": "held-out (noisy labels)"}
+    drawn = (
+        ("SFT", sft, Panel("loss (nats a token)", LOSS)),
+        ("reward model", reward, Panel("share of pairs in the right order", heldout, share=True)),
+        ("PPO", ppo, Panel("reward model's score", {"score": "score"})),
+        ("PPO", ppo, Panel("KL to SFT (nats a response)", {"kl": "KL"})),
+        ("PPO", ppo, Panel("entropy (nats a token)", {"entropy": "entropy"})),
+        ("PPO", ppo, Panel("values' explained variance", {"explained_variance": "share"})),
     )
-    for axes, (title, history, key) in zip(figure.subplots(2, 3).flat, curves, strict=True):
-        points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
-        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
-        axes.set_title(title, fontsize=9)
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    for axes, (title, history, panel) in zip(figure.subplots(2, 3).flat, drawn, strict=True):
+        draw(axes, panel, history)
+        axes.set_title(title, fontsize=10)
+    return figure
 
 
 def show(

@@ -1,4 +1,4 @@
-"""Metrics, curves, and the kernel clock: the share of a step that each rlhf_kernels op takes."""
+"""Metrics, and the kernel clock: the share of a step that each rlhf_kernels op takes."""
 
 from __future__ import annotations
 
@@ -57,29 +57,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-
-
-def plot(history: list[dict[str, Any]], path: Path) -> None:
-    """One small curve for each number in the metrics."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    known = dict.fromkeys(k for row in history for k, value in row.items() if value is not None)
-    keys = [key for key in known if key not in ("stage", "step")]
-    if not keys:
-        return
-    columns = 3
-    rows = math.ceil(len(keys) / columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows))
-    FigureCanvasAgg(figure)
-    for k, key in enumerate(keys):
-        points = [(row["step"], row[key]) for row in history if row.get(key) is not None]
-        axes = figure.add_subplot(rows, columns, k + 1)
-        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "")
-        axes.set_title(f"{history[0]['stage']}: {key}")
-        axes.grid(alpha=0.3)
-    figure.subplots_adjust(0.06, 0.03, 0.98, 0.97, wspace=0.25, hspace=0.4)
-    figure.savefig(path, dpi=100)
 
 
 class KernelClock:

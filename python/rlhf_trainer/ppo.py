@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
 from rlhf_trainer.config import ConfigError, DataError, PPOConfig
+from rlhf_trainer.curves import plot
 from rlhf_trainer.data import (
     IGNORE,
     Encoded,
@@ -45,7 +46,7 @@ from rlhf_trainer.data import (
     shuffled,
 )
 from rlhf_trainer.forecast import forecast
-from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep
 from rlhf_trainer.model import (
     check_head,
     check_length,

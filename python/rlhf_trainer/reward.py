@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 from rlhf_trainer.config import ConfigError, DataError, RewardConfig
+from rlhf_trainer.curves import plot
 from rlhf_trainer.data import (
     EncodedRanking,
     Source,
@@ -43,7 +44,7 @@ from rlhf_trainer.data import (
     shuffled,
     split,
 )
-from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep
 from rlhf_trainer.model import (
     check_length,
     checked_tokenizer,

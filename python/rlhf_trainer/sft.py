@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 from rlhf_trainer.config import ConfigError, SFTConfig
+from rlhf_trainer.curves import plot
 from rlhf_trainer.data import (
     Encoded,
     Source,
@@ -37,7 +38,7 @@ from rlhf_trainer.data import (
     shuffled,
     split,
 )
-from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep, plot
+from rlhf_trainer.metrics import CURVES, KERNELS, KernelClock, MetricsLog, OnStep
 from rlhf_trainer.model import (
     check_head,
     check_length,

@@ -1,4 +1,4 @@
-"""Metrics, curves and the kernel clock."""
+"""Metrics and the kernel clock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_trainer.metrics import KernelClock, MetricsLog, plot
+from rlhf_trainer.metrics import KernelClock, MetricsLog
 
 
 def test_metrics_are_one_flushed_line_a_step(tmp_path):
@@ -31,14 +31,6 @@ def test_resumed_metrics_keep_the_lines_up_to_the_checkpoint(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 1.0), (3, 0.5)]
     assert rows == log.history
-
-
-def test_plot(tmp_path):
-    rows = [{"stage": "sft", "step": k, "loss": 1 / k, "heldout": None} for k in (1, 2, 3)]
-    plot(rows, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    plot([], tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
