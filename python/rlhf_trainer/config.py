@@ -228,7 +228,7 @@ class RewardConfig(_SupervisedConfig):
     dropout: float = 0.0
     """Residual dropout, as in SFT. Own."""
     reference_file: Path | None = None
-    """Demonstrations whose mean reward a bias sets to 0 after training [C]. Default: all
+    """Demonstrations whose mean reward is set to 0 after training [C]. Default: all
     completions of the held-out comparisons (of the training ones where nothing is held out)."""
 
     def validate(self) -> None:

@@ -170,6 +170,9 @@ def train_ppo(
     for name, scorer in (("reward_model", reward), ("value", value)):
         if scorer is not None:
             scorer.check_ids(name, tokenizer, texts)
+    trained_on = reward.tokenizer if reward else None
+    if trained_on is not None and trained_on.chat_template != tokenizer.chat_template:
+        print("ppo: the reward model was trained with another chat template than the policy's")
     if value is None:
         value = copy.deepcopy(reward) if reward else ScalarModel.from_causal_lm(policy, pad)
         value.requires_grad_(True)

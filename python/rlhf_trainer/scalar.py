@@ -199,32 +199,31 @@ def center_scores(
     tells the sequences of `rows` apart least.
     """
     head = model.model.score
-    hidden = last_hidden(model, reference, pad, batch_size)
-    excess = head(hidden.to(head.weight.dtype)).double().mean()
+    weight = head.weight[0].cpu().double()
+    mean = last_hidden(model, reference, pad, batch_size).mean(0)
+    excess = mean @ weight
     if head.bias is not None:
-        head.bias -= excess
+        head.bias.copy_(-excess)
         return
-    weight = head.weight[0].double()
     norm: Any = final_norm(model, collate(reference[:1], pad))
     if norm is not None:
-        norm.bias -= excess * weight / weight.square().sum()
+        norm.bias -= (excess * weight / weight.square().sum()).to(norm.bias)
         return
     some = rows[:: math.ceil(len(rows) / CENTER_ROWS)]
-    direction = flattest_direction(
-        last_hidden(model, some, pad, batch_size).double(), hidden.double().mean(0)
-    )
-    head.weight[0] -= excess * direction
+    direction = flattest_direction(last_hidden(model, some, pad, batch_size), mean)
+    head.weight -= (excess * direction).to(head.weight)
 
 
 @torch.no_grad()
 def last_hidden(model: ScalarModel, rows: Sequence[Encoded], pad: int, batch_size: int) -> Tensor:
-    """What the head sees at the last valid token of each sequence: (N, H)."""
+    """What the head sees at the last valid token of each sequence: (N, H), float64, on the CPU."""
     device = next(model.parameters()).device
     parts = []
     for chunk in micro_batches(rows, batch_size):
         batch = collate(chunk, pad).to(device)
         last = batch.attention_mask.sum(1) - 1
-        parts.append(model.hidden(**batch.inputs())[torch.arange(len(chunk)), last])
+        hidden = model.hidden(**batch.inputs())
+        parts.append(hidden[torch.arange(len(chunk), device=device), last].cpu().double())
     return torch.cat(parts)
 
 
@@ -253,8 +252,6 @@ def flattest_direction(hidden: Tensor, mean: Tensor) -> Tensor:
     covariance = torch.cov(hidden.t(), correction=0).reshape(width, width)
     share = width / (n + width)
     level = share * covariance.diagonal().mean() + 1e-12 * mean.square().mean()
-    shrunk = (1 - share) * covariance + level * torch.eye(
-        width, dtype=hidden.dtype, device=hidden.device
-    )
+    shrunk = (1 - share) * covariance + level * torch.eye(width, dtype=hidden.dtype)
     direction = torch.linalg.solve(shrunk, mean)
     return direction / (direction @ mean)

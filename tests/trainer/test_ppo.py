@@ -313,6 +313,19 @@ def test_reward_model_of_another_vocabulary(ppo_config, make_model, make_tokeniz
         score_responses(foreign, tokenizer, ["say a"], ["b"])
 
 
+def test_another_chat_template_is_said(ppo_config, make_model, make_tokenizer, capsys):
+    said = "the reward model was trained with another chat template than the policy's"
+    for template in (None, "{{ messages[0].content }}"):
+        reward = ScalarModel.from_causal_lm(make_model(seed=3), 0)
+        reward.tokenizer = make_tokenizer()
+        reward.tokenizer.chat_template = template
+        train_ppo(
+            ppo_config(str(template)[:4], episodes=16), policy=make_model(), prompts=PROMPTS,
+            tokenizer=make_tokenizer(), reward=reward,
+        )  # fmt: skip
+        assert (said in capsys.readouterr().out) == (template is not None)
+
+
 def test_stop_ids_of_the_policy_count_as_ended(ppo_config, make_model, tokenizer):
     """With eos_token_id [1, 5] fewer responses are cut, and the saved policy keeps both."""
     rates = {}
