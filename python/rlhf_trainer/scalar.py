@@ -54,10 +54,12 @@ class ScalarModel(nn.Module):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
         super().__init__()
-        if getattr(model, "score", None) is None or model.config.num_labels != 1:
+        head = getattr(model, "score", None)
+        plain = isinstance(head, nn.Linear) and head.bias is None
+        if not plain or model.config.num_labels != 1:
             raise ConfigError(
-                "reward model: expected a sequence classifier with one label and a head `score`, "
-                f"got {type(model).__name__}"
+                "reward model: expected a sequence classifier with one label and a linear head "
+                f"`score` without bias, got {type(model).__name__}"
             )
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -202,9 +204,6 @@ def center_scores(
     weight = head.weight[0].cpu().double()
     mean = last_hidden(model, reference, pad, batch_size).mean(0)
     excess = mean @ weight
-    if head.bias is not None:
-        head.bias.copy_(-excess)
-        return
     norm: Any = final_norm(model, collate(reference[:1], pad))
     if norm is not None:
         norm.bias -= (excess * weight / weight.square().sum()).to(norm.bias)

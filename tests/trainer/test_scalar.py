@@ -139,7 +139,7 @@ def test_models_without_a_classifier_are_named(reward_config, tokenizer, pairs, 
 def test_an_encoder_is_no_reward_model():
     config = BertConfig(**HEADS, intermediate_size=64, is_decoder=True)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ConfigError, match="head `score`, got BertForSequenceClassification"):
+    with pytest.raises(ConfigError, match="head `score` without bias, got BertFor"):
         ScalarModel.from_causal_lm(model, 0)
 
 
