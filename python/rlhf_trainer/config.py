@@ -64,8 +64,8 @@ class RunConfig(Options):
     output: Path = Path("runs/run")
     """Folder for metrics.jsonl, curves.png, kernels.json, model/ and checkpoint-N/."""
     model: str | None = None
-    """Folder or hub name of the model that the stage starts from, or scratch:gpt2-tiny,
-    scratch:llama-tiny for random weights."""
+    """Folder (a run's stands for its model/) or hub name of the model that the stage starts from,
+    or scratch:gpt2-tiny, scratch:llama-tiny for random weights."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer. Default: the model's own; for a scratch model a
     byte-level BPE with 4096 entries, trained on the training file."""
@@ -106,7 +106,8 @@ class RunConfig(Options):
     """Optimiser steps (ppo: iterations) between checkpoints; 0 writes none but the final model.
     Own."""
     progress: bool = True
-    """Show progress bars."""
+    """Show how far the run and its step are: a bar on a terminal, elsewhere a line every 10
+    seconds. On a CPU ppo says before it starts how long an iteration takes."""
     plot: bool = True
     """Draw curves.png at the end."""
     profile_steps: int = 3

@@ -441,7 +441,7 @@ def train_ppo(
 
     bar.close()
     log.close()
-    cut = sum(row["cut"] for row in log.history)
+    cut = sum(row.get("cut", 0) for row in log.history)
     print(
         f"ppo: {cut} of {state.step * config.batch_size} responses were cut at "
         f"{config.max_response_tokens} tokens, before their end"

@@ -239,3 +239,30 @@ def test_public_names_are_imported_on_first_use():
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True
     )
     assert done.stdout.split() == ["False", "True"]
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
+def test_example_of_the_readme_works_on_a_cpu(tmp_path, monkeypatch, write_lines):
+    """Its commands as they are, on files of its names, but for shorter responses and fewer of
+    them; then its Python."""
+    monkeypatch.chdir(tmp_path)
+    letters = "abcdefghij"
+    write_lines("demos.jsonl", [{"prompt": f"say {x}", "response": x} for x in letters])
+    pairs = [{"prompt": f"say {x}", "chosen": x, "rejected": "no"} for x in letters]
+    write_lines("comparisons.jsonl", pairs)
+    write_lines("prompts.jsonl", [{"prompt": f"say {x}"} for x in letters])
+    text = README.read_text(encoding="utf-8").split("## Train on your own data")[1]
+    lines = [line for line in text.splitlines() if line.startswith("rlhf-train ")]
+    assert [line.split()[1] for line in lines] == ["sft", "reward", "ppo"]
+    for line in lines:
+        args = line.replace("--episodes 640", "--episodes 64").split()[1:]
+        main([*args, "--max-response-tokens", "4", "--device", "cpu"])
+        assert (tmp_path / "runs" / args[0] / "model" / "config.json").exists()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "max_response_tokens" not in code  # a CPU's default
+    exec(code.replace("episodes=64", 'episodes=16, device="cpu", max_response_tokens=4'), {})
+    rows = (tmp_path / "runs" / "exact" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 1
