@@ -28,6 +28,10 @@ class DataError(ValueError):
     """Data that cannot be used: the file, the line number and what is wrong."""
 
 
+class DivergedError(RuntimeError):
+    """Training whose numbers are no longer finite: which, at which step, and what is left."""
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """Options that every stage shares."""
@@ -46,8 +50,10 @@ class RunConfig:
     """Folder or hub name of the tokenizer. Default: the model's own; for a scratch model a
     byte-level BPE with 4096 entries, trained on the training file."""
     resume: bool = False
-    """Continue from the newest checkpoint in the output folder (start afresh where there is none
-    and no model yet). Refused: a finished run, and one of another stage."""
+    """Continue from the newest whole checkpoint in the output folder; start the run that broke off
+    afresh where there is none. What sets memory or speed, and what the run does not depend on, may
+    change; data and models are compared by content. Refused: a finished run, one of another
+    stage."""
     seed: int = 0
     """Seed of initial weights, data order, dropout and sampling."""
     device: Literal["auto", "cpu"] = "auto"
@@ -65,6 +71,9 @@ class RunConfig:
     beyond rounding. Own."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off. Own."""
+    max_bad_steps: int = 10
+    """A step whose loss, gradient or score is not finite changes no weight and is counted in
+    metrics.jsonl; so many of them in a row end the run with a report. Own."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates [C]."""
     adam_eps: float = 1e-8
@@ -76,8 +85,8 @@ class RunConfig:
     max_response_tokens: int = 1024
     """Longer responses are cut, and then carry no end-of-sequence token [C]."""
     save_every: int = 200
-    """Optimiser steps (ppo: iterations) between checkpoints; 0 writes none but the final model.
-    Own."""
+    """Optimiser steps (ppo: iterations) between checkpoints, of which the last two are kept; 0
+    writes none but the final model (and one where a signal stops the run). Own."""
     progress: bool = True
     """Show progress bars."""
     plot: bool = True
@@ -95,6 +104,7 @@ class RunConfig:
         self._require("seed", 0 <= self.seed < 2**32, "an integer in [0, 2**32)")
         for name in ("batch_size", "micro_batch_size", "max_prompt_tokens", "max_response_tokens"):
             self._require(name, getattr(self, name) >= 1, "an integer >= 1")
+        self._require("max_bad_steps", self.max_bad_steps >= 1, "an integer >= 1")
         for name in ("max_grad_norm", "weight_decay", "save_every", "profile_steps"):
             self._require(name, getattr(self, name) >= 0, "a number >= 0")
         for name in ("learning_rate", "adam_eps"):
@@ -266,7 +276,8 @@ class PPOConfig(RunConfig):
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of such a response; use with missing_eos_score None. Own."""
     save_every: int = 20
-    """Iterations between checkpoints; 0 writes none but the final model. Own."""
+    """Iterations between checkpoints, of which the last two are kept; 0 writes none but the final
+    model (and one where a signal stops the run). Own."""
 
     def validate(self) -> None:
         super().validate()

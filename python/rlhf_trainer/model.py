@@ -20,13 +20,14 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
-from rlhf_trainer.config import ConfigError
+from rlhf_trainer.config import ConfigError, DivergedError
 from rlhf_trainer.data import (
     Batch,
     Encoded,
@@ -316,6 +317,24 @@ class Samples:
         return [row[keep].tolist() for row, keep in zip(self.tokens, self.mask, strict=True)]
 
 
+class FiniteScores(LogitsProcessor):
+    """Draws from rows of scores that are not finite anything at all, and notes it: multinomial
+    fails on them, on a GPU for good. Nothing waits for the device."""
+
+    def __init__(self) -> None:
+        self.odd: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        odd = ~scores.amax(-1, keepdim=True).isfinite()  # NaN and inf win; -inf alone is left over
+        self.odd = odd.any() if self.odd is None else self.odd | odd.any()
+        return scores.masked_fill(odd, 0.0)
+
+    def check(self) -> None:
+        """Raise DivergedError where a score was not finite."""
+        if self.odd is not None and bool(self.odd):
+            raise DivergedError("expected finite logits to sample from, got NaN or infinity")
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel,
@@ -327,7 +346,10 @@ def sample(
     batch_size: int = 128,
 ) -> Samples:
     """Sample one continuation of each prompt from the model's whole distribution (temperature 0:
-    greedy)."""
+    greedy).
+
+    Raises DivergedError where the model's logits are not finite.
+    """
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     prompt_ids, prompt_mask = (t.to(model.device) for t in left_pad(prompts, pad))
     settings = GenerationConfig(
@@ -344,7 +366,7 @@ def sample(
     own, model.generation_config = model.generation_config, settings
     training = model.training
     model.eval()
-    parts = []
+    parts, finite = [], FiniteScores()
     try:
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
@@ -352,11 +374,13 @@ def sample(
                 input_ids=prompt_ids[rows],
                 attention_mask=prompt_mask[rows],
                 generation_config=settings,
+                logits_processor=[finite],
             )
             parts.append(output[:, prompt_ids.shape[1] :])
     finally:
         model.generation_config = own
         model.train(training)
+    finite.check()
     width = max(part.shape[1] for part in parts)
     tokens = torch.cat([nn.functional.pad(p, (0, width - p.shape[1]), value=pad) for p in parts])
     is_eos = tokens == eos

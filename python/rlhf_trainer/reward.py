@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
+from rlhf_trainer.checkpoint import replace_folder, write_json
 from rlhf_trainer.config import ConfigError, RewardConfig
 from rlhf_trainer.data import (
     Demonstration,
@@ -56,15 +57,9 @@ from rlhf_trainer.model import (
     set_dropout,
     train_tokenizer,
 )
-from rlhf_trainer.state import (
-    RunState,
-    adam,
-    backend_of,
-    cosine,
-    replace_folder,
-    start,
-    write_json,
-)
+from rlhf_trainer.optimizer import adam, cosine, gradient_norm
+from rlhf_trainer.process import one_run
+from rlhf_trainer.state import RunState, backend_of, start, weights_fingerprint
 
 REWARD_OPS = ("pairwise_reward_loss", "ranking_reward_loss")  # of rlhf_kernels
 
@@ -83,6 +78,7 @@ class RewardResult:
     seconds: float
 
 
+@one_run
 def train_reward(
     config: RewardConfig,
     *,
@@ -117,6 +113,7 @@ def train_reward(
     tokenizer = checked_tokenizer(tokenizer)
     if model is None:
         model = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
+    weights = weights_fingerprint(model)
     if not isinstance(model, ScalarModel):
         model = ScalarModel.from_causal_lm(model, tokenizer.pad_token_id)
     groups, held = (
@@ -138,6 +135,13 @@ def train_reward(
         zero = [row for group in held or groups for row in group.rows]
     rows = [*zero, *(row for group in groups + held for row in group.rows)]
     check_length(model.model, max(len(row.prompt) + len(row.response) for row in rows))
+    inputs = {
+        "training data": fingerprint(groups),
+        "held-out data": fingerprint(held),
+        "reference answers": fingerprint(zero),
+        "tokenizer entries": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "model weights": weights,
+    }
     dropped = len(train) + len(heldout) - len(groups) - len(held)
     print(
         f"reward: {len(groups)} prompts, {len(held)} held out, "
@@ -151,11 +155,9 @@ def train_reward(
     parameters = [{"params": list(scorer.parameters()), "lr": config.learning_rate}]
     optimizer = accelerator.prepare_optimizer(adam(config, parameters, device))
     scheduler = LambdaLR(optimizer, cosine(total, config.warmup_steps, config.lr_floor))
-    state = RunState(
-        config, tokenizer, {"model": scorer}, optimizer, scheduler, fingerprint((groups, held))
-    )
+    state = RunState(config, tokenizer, {"model": scorer}, optimizer, scheduler, inputs, total)
     state.resume()
-    log = MetricsLog(config.output, config.stage, state.step, on_step)
+    log = MetricsLog(config.output, config.stage, state.history, on_step)
     clock = KernelClock(config.profile_steps, config.backend, device)
     bar = tqdm(
         total=total, initial=state.step, desc="reward", unit="step", disable=not config.progress
@@ -197,19 +199,19 @@ def train_reward(
                 accelerator.backward(part)
                 loss += part.detach()
                 parts.append(stats)
-            if config.max_grad_norm:
-                accelerator.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
+            norm = gradient_norm(accelerator, scorer, config.max_grad_norm)
+            numbers = state.take_step({"loss": loss, "grad_norm": norm})
             lr = scheduler.get_last_lr()[0]
-            optimizer.step()
             scheduler.step()
         state.step += 1
         stats = reduce(add, parts)
         metrics: dict[str, Any] = {
             "epoch": state.step / per_epoch,
-            "loss": loss.item(),
+            **numbers,
             "accuracy": stats.accuracy.item(),
             "margin": stats.margin.item(),
             "lr": lr,
+            "skipped": state.skipped,
             "seconds": time.perf_counter() - step_began,
         }
         if held and (state.step % (config.eval_every or per_epoch) == 0 or state.step == total):
@@ -222,20 +224,27 @@ def train_reward(
             refresh=False,
         )
         bar.update()
-        if config.save_every and state.step % config.save_every == 0:
-            state.save()
+        state.end_step()
 
     bar.close()
     log.close()
     scorer = accelerator.unwrap_model(scorer, keep_fp32_wrapper=False).eval()
-    scores = score_rows(scorer, zero, pad, 2 * config.micro_batch_size)
-    scorer.bias -= scores.mean().item()
+    with torch.no_grad():
+        batches = micro_batches(groups, config.micro_batch_size)
+        state.check_end(forward(micro)[0] for micro in batches)
+    if held and not math.isfinite(state.last("heldout_loss")):
+        raise state.diverged("the last held-out loss is not finite")
+    mean = score_rows(scorer, zero, pad, 2 * config.micro_batch_size).mean().item()
+    if not math.isfinite(mean):
+        raise state.diverged(f"the mean score of the reference answers is {mean}")
+    scorer.bias -= mean
     folder = config.output / "model"
     replace_folder(folder, partial(save_model, scorer, tokenizer))
     if config.plot:
         plot(log.history, config.output / CURVES)
     kernels = clock.report()
     write_json(config.output / KERNELS, kernels)
+    state.finish()
     accuracy = log.history[-1].get("heldout_accuracy")
     seconds = time.perf_counter() - began
     return RewardResult(scorer, tokenizer, folder, log.history, accuracy, kernels, seconds)
