@@ -18,6 +18,15 @@ def checkpoints(output: Path) -> list[Path]:
     return numbered(output, "checkpoint")
 
 
+def tidy(output: Path) -> None:
+    """Bring to an end what a killed run left half done; of a finished run, remove the best weights,
+    which are in model/."""
+    recover(output)
+    if (output / KERNELS).exists():
+        for folder in numbered(output, "best"):
+            remove_folder(folder)
+
+
 def check_output(config: RunConfig) -> None:
     """Raise ConfigError where the run would overwrite another one, or has nothing left to do."""
     output, log = config.output, config.output / METRICS

@@ -58,6 +58,7 @@ from rlhf_trainer.model import (
     score_rows,
 )
 from rlhf_trainer.optimizer import adam, gradient_norm, warm_constant
+from rlhf_trainer.output import tidy
 from rlhf_trainer.process import one_run
 from rlhf_trainer.state import RunState, backend_of, start, weights_fingerprint
 
@@ -442,7 +443,7 @@ def train_ppo(
         plot(log.history, config.output / CURVES)
     kernels = clock.report()
     write_json(config.output / KERNELS, kernels)
-    state.finish()
+    tidy(config.output)
     seconds = time.perf_counter() - began
     return PPOResult(actor, critic, tokenizer, folder, log.history, kernels, seconds)
 

@@ -58,6 +58,7 @@ from rlhf_trainer.model import (
     train_tokenizer,
 )
 from rlhf_trainer.optimizer import adam, cosine, gradient_norm
+from rlhf_trainer.output import tidy
 from rlhf_trainer.process import one_run
 from rlhf_trainer.state import RunState, backend_of, start, weights_fingerprint
 
@@ -244,7 +245,7 @@ def train_reward(
         plot(log.history, config.output / CURVES)
     kernels = clock.report()
     write_json(config.output / KERNELS, kernels)
-    state.finish()
+    tidy(config.output)
     accuracy = log.history[-1].get("heldout_accuracy")
     seconds = time.perf_counter() - began
     return RewardResult(scorer, tokenizer, folder, log.history, accuracy, kernels, seconds)

@@ -52,6 +52,7 @@ from rlhf_trainer.model import (
     train_tokenizer,
 )
 from rlhf_trainer.optimizer import adam, cosine, gradient_norm
+from rlhf_trainer.output import tidy
 from rlhf_trainer.process import one_run
 from rlhf_trainer.state import RunState, backend_of, start, weights_fingerprint
 
@@ -230,7 +231,7 @@ def train_sft(
         plot(log.history, config.output / CURVES)
     kernels = clock.report()
     write_json(config.output / KERNELS, kernels)
-    state.finish()
+    tidy(config.output)
     best = {"loss": state.best_loss, "step": state.best_step}
     seconds = time.perf_counter() - began
     return SFTResult(lm, tokenizer, folder, log.history, best, kernels, seconds)

@@ -33,14 +33,13 @@ from rlhf_trainer.checkpoint import (
     check_seal,
     number_of,
     numbered,
-    recover,
     remove_folder,
     replace_folder,
     seal,
 )
 from rlhf_trainer.config import ConfigError, DivergedError, RunConfig
 from rlhf_trainer.model import ScalarModel, load_weights, save_model
-from rlhf_trainer.output import check_output, checkpoints
+from rlhf_trainer.output import check_output, checkpoints, tidy
 from rlhf_trainer.process import Stopped, check_processes, defer, received
 
 # A resumed run may differ in these and still continue the same run: they set where and how it runs,
@@ -62,7 +61,7 @@ def start(config: RunConfig, ops: Sequence[str]) -> Accelerator:
     and seed every generator."""
     config.validate()
     check_processes()
-    recover(config.output)
+    tidy(config.output)
     check_output(config)
     transformers_logging.disable_progress_bar()
     accelerator = Accelerator(
@@ -249,11 +248,6 @@ class RunState:
         for old in found:  # later ones are damaged: the run went on from before them
             if old not in kept:
                 remove_folder(old)
-
-    def finish(self) -> None:
-        """Remove what only a run that goes on needs besides its checkpoints."""
-        for folder in numbered(self.config.output, "best"):
-            remove_folder(folder)
 
     def resume(self) -> None:
         """Restore the newest whole checkpoint of the output folder, if there is one and the config
