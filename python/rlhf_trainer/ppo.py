@@ -417,7 +417,7 @@ def train_ppo(
                 "explained_variance": value_stats.explained_variance.item(),
             }
         metrics["seconds"] = time.perf_counter() - iteration_began
-        scheduler.step()
+        state.next_rate()
         if config.kl_target is not None and usable:
             error = metrics["kl"] / config.kl_target - 1
             error = min(max(error, -KL_ERROR_BOUND), KL_ERROR_BOUND)
@@ -460,19 +460,20 @@ def checked_rewards(reward_fn: RewardFn, given: Any, count: int) -> Tensor:
     items: list[Any] = list(given)
     if len(items) != count:
         raise ValueError(f"{name}: expected {count} numbers, one a response, got {len(items)}")
-    numbers = torch.empty(count)
+    numbers: list[float] = []
     for k, item in enumerate(items):
         try:
             if isinstance(item, str | bytes):
                 raise TypeError
-            numbers[k] = float(item)
+            numbers.append(float(item))
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
                 f"{name}: expected a number for response {k} of {count}, got {reprlib.repr(item)}"
             ) from None
-    for k in (~numbers.isfinite()).nonzero()[:1].flatten().tolist():
-        tqdm.write(f"{name}: {numbers[k].item()} for response {k} of {count}")
-    return numbers
+    rewards = torch.tensor(numbers, dtype=torch.float64).float()
+    for k in (~rewards.isfinite()).nonzero()[:1].flatten().tolist():
+        tqdm.write(f"{name}: {numbers[k]} for response {k} of {count}")
+    return rewards
 
 
 @torch.no_grad()

@@ -203,7 +203,7 @@ def train_reward(
             norm = gradient_norm(accelerator, scorer, config.max_grad_norm)
             numbers = state.take_step({"loss": loss, "grad_norm": norm})
             lr = scheduler.get_last_lr()[0]
-            scheduler.step()
+            state.next_rate()
         state.step += 1
         stats = reduce(add, parts)
         metrics: dict[str, Any] = {

@@ -185,7 +185,7 @@ def train_sft(
             norm = gradient_norm(accelerator, lm, config.max_grad_norm)
             numbers = state.take_step({"loss": loss, "grad_norm": norm})
             lr = scheduler.get_last_lr()[0]
-            scheduler.step()
+            state.next_rate()
         state.step += 1
         metrics: dict[str, Any] = {
             "epoch": state.step / per_epoch,

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import signal
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,12 @@ class RunState:
             self.optimizer.step()
             self.bad.clear()
         return numbers
+
+    def next_rate(self) -> None:
+        """Move on to the next step's learning rate, also where the optimiser's step was skipped."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.scheduler.step()
 
     def end_step(self) -> None:
         """Save a checkpoint where one is due; raise DivergedError after too many bad steps, and
