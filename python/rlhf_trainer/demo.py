@@ -44,7 +44,7 @@ from rlhf_trainer.model import completion_hidden, respond, score_responses
 from rlhf_trainer.optimizer import cosine
 from rlhf_trainer.output import remove_run
 from rlhf_trainer.ppo import PPO_OPS, exact_kl, train_ppo
-from rlhf_trainer.process import LOCK, lock
+from rlhf_trainer.process import LOCK, Stopped, lock
 from rlhf_trainer.reward import REWARD_OPS, train_reward
 from rlhf_trainer.sft import SFT_OPS, train_sft
 from rlhf_trainer.state import check_backend
@@ -166,6 +166,8 @@ def main(config: DemoConfig) -> dict[str, Any]:
         with lock(config.out):
             claim(config.out)
             return _run(config)
+    except Stopped as stop:
+        raise Stopped(stop.number, "stopped; the same command begins anew") from stop
     finally:
         torch.set_num_threads(threads)
 

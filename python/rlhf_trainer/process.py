@@ -35,6 +35,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
+        self.number = number
         self.status = 128 + number
         """The exit status by which a shell knows the signal."""
 
@@ -49,7 +50,7 @@ def one_run(
     def run(config: Config, *args: Options.args, **options: Options.kwargs) -> Result:
         config.validate()
         check_processes()
-        with lock(config.output), signals(), full_disk_named(config.output):
+        with full_disk_named(config.output), lock(config.output), signals():
             return train(config, *args, **options)
 
     return run
@@ -130,7 +131,8 @@ def signals() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread()
         and signal.getsignal(number) is handler
     }
-    _signals.received, _signals.deferring = None, False
+    if ours:
+        _signals.received, _signals.deferring = None, False
     for number in ours:
         signal.signal(number, _on_signal)
     try:

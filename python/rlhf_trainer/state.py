@@ -226,8 +226,10 @@ class RunState:
         replace_folder(output / f"best-{self.best_step}", write)
         found = numbered(output, "best")
         ends = [number_of(folder) for folder in checkpoints(output)]
-        needed = {max((b for b in found if number_of(b) <= e), key=number_of, default=None)
-                  for e in ends}  # fmt: skip
+        needed = {
+            max((best for best in found if number_of(best) <= end), key=number_of, default=None)
+            for end in ends
+        }
         for old in found[:-1]:
             if old not in needed:
                 remove_folder(old)
