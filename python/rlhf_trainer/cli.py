@@ -79,7 +79,8 @@ def _run(stage: str, args: list[str]) -> None:
         from rlhf_trainer.ppo import train_ppo
 
         ppo = train_ppo(config)
-        last = ppo.history[-1]
+        # Of the last iteration that was not skipped: what is not finite is null in the metrics.
+        last = next(row for row in reversed(ppo.history) if "policy_loss" in row)
         print(f"ppo: score {last['score']:.3f}, KL {last['kl']:.2f} nats a sequence; {ppo.folder}")
     elif stage == "demo":
         from rlhf_trainer import demo

@@ -53,7 +53,17 @@ FREE |= {"epochs", "episodes", "eval_every", "patience"}
 FREE |= {"model", "tokenizer", "reward_model", "train_file", "heldout_file", "heldout_share"}
 FREE |= {"reference_file", "prompt_file", "max_prompt_tokens"}
 # Of a model's configuration: where it came from, and what transformers notes down when it saves.
-RESTORED = ("step", "kl_coef", "best_loss", "best_step", "best_kept", "stale", "skipped", "history")
+RESTORED = (
+    "step",
+    "kl_coef",
+    "best_loss",
+    "best_step",
+    "best_kept",
+    "stale",
+    "taken",
+    "skipped",
+    "history",
+)
 NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
 
 
@@ -122,6 +132,8 @@ class RunState:
     """Whether best-<best_step> holds the weights of the best held-out loss."""
     stale: int = 0
     """Evaluations since the best one."""
+    taken: int = 0
+    """Optimiser steps that changed weights."""
     skipped: int = 0
     """Steps that changed no weight, as a number was not finite."""
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -147,6 +159,7 @@ class RunState:
         numbers = dict(zip(tensors, values, strict=True))
         if not self.skip(numbers):
             self.optimizer.step()
+            self.taken += 1
             self.bad.clear()
         return numbers
 
@@ -183,8 +196,10 @@ class RunState:
             )
 
     def check_end(self, losses: Iterable[Tensor]) -> None:
-        """Raise DivergedError where the last step was bad and none of `losses`, taken one by one
-        with the last weights, is finite; or where a weight is not."""
+        """Raise DivergedError where no step was good; where the last one was bad and none of
+        `losses`, taken one by one with the last weights, is finite; or where a weight is not."""
+        if not self.taken:
+            raise self.diverged(f"none of the run's steps was finite, as in {self.bad[-1][1]}")
         if self.bad and not any(bool(loss.isfinite().all()) for loss in losses):
             step, what = self.bad[-1]
             raise self.diverged(f"the last weights give no finite loss, as in step {step}: {what}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 
@@ -45,10 +47,10 @@ def snapshot(model):
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 @pytest.mark.parametrize("micro_batch_size", [2, 6])  # one of several micro-batches is bad, or all
-def test_sft_skips_a_step_that_is_not_finite(
+def test_one_nan_poisons_the_run(
     sft_config, make_model, tokenizer, demonstrations, max_grad_norm, micro_batch_size
 ):
-    """The example with "f" is in one batch an epoch: that step leaves weights and moments alone."""
+    """ms-swift 8123. "f" is in one batch an epoch: that step leaves all weights alone."""
     train = [d for d in demonstrations if "f" not in f"{d.prompt} {d.response}"][:11]
     train.append(demonstrations[5])  # say f
     model, weights = poison(make_model()), []
@@ -258,6 +260,49 @@ def test_ppo_whose_scores_stay_bad_ends_with_a_report(ppo_config, make_model, to
             prompts=PROMPTS,
         )
     assert not (config.output / "model").exists()
+
+
+def test_a_run_without_a_good_step_is_no_success(
+    ppo_config, sft_config, make_model, tokenizer, demonstrations
+):
+    """Fewer bad steps than end a run, with weights that were never touched."""
+    config = ppo_config()
+    with pytest.raises(DivergedError, match="none of the run's steps was finite, as in score nan"):
+        train_ppo(
+            config,
+            policy=make_model(),
+            tokenizer=tokenizer,
+            reward_fn=lambda prompts, responses: [math.nan] * len(prompts),
+            prompts=PROMPTS,
+        )
+    poisoned = sft_config(epochs=1, batch_size=18)
+    with pytest.raises(DivergedError, match="none of the run's steps was finite, as in loss nan"):
+        train_sft(
+            poisoned, model=poison(make_model()), tokenizer=tokenizer, train=demonstrations,
+            heldout=[],
+        )  # fmt: skip
+    assert not (config.output / "model").exists()
+    assert not (poisoned.output / "model").exists()
+
+
+def test_the_last_iteration_may_be_a_skipped_one(ppo_config, make_model, tokenizer, monkeypatch):
+    """Its weights give finite numbers: they are saved, and the command reports the one before."""
+    calls = []
+
+    def judge(prompts, responses):
+        calls.append(None)
+        return [math.nan if len(calls) == 4 else score for score in count_good(prompts, responses)]
+
+    result = train_ppo(
+        ppo_config(), policy=make_model(), tokenizer=tokenizer, reward_fn=judge, prompts=PROMPTS
+    )
+    assert result.history[-1]["score"] is None
+    assert result.history[-1]["skipped"] == 1
+    monkeypatch.setattr("rlhf_trainer.ppo.train_ppo", lambda config: result)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        main(["ppo"])
+    assert f"ppo: score {result.history[-2]['score']:.3f}, KL" in said.getvalue()
 
 
 @pytest.mark.parametrize("part", ["policy", "value"])
