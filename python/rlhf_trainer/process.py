@@ -98,9 +98,9 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):
-                if made and [other.name for other in folder.iterdir()] == [LOCK]:
-                    path.unlink()
+            path.unlink(missing_ok=True)  # while it is held: see st_nlink
+            if made:
+                with suppress(OSError):  # it is not empty
                     folder.rmdir()
 
 
