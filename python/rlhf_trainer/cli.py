@@ -12,12 +12,14 @@ from rlhf_trainer.config import (
     SOURCES,
     ConfigError,
     DataError,
+    DivergedError,
     PPOConfig,
     RewardConfig,
     RunConfig,
     SFTConfig,
     load_yaml,
 )
+from rlhf_trainer.process import Stopped
 
 USAGE = """\
 usage: rlhf-train STAGE [--config FILE.yaml] [options]
@@ -36,7 +38,8 @@ A run that broke off goes on with the same command and --resume.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one stage; a bad option or a bad line of data ends it with a message and status 1."""
+    """Run one stage; a bad option, a bad line of data, a full disk or numbers that are not finite
+    end it with a message and status 1, Ctrl-C with 130 and SIGTERM with 143."""
     args = list(sys.argv[1:] if argv is None else argv)
     stage = args.pop(0) if args else "--help"
     if stage in ("-h", "--help"):
@@ -44,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         _run(stage, args)
-    except (ConfigError, DataError, OSError) as error:
+    except KeyboardInterrupt as stop:
+        print(f"rlhf-train {stage}: {str(stop) or 'stopped before the run began'}", file=sys.stderr)
+        sys.exit(stop.status if isinstance(stop, Stopped) else 130)
+    except (ConfigError, DataError, DivergedError, OSError) as error:
         sys.exit(f"rlhf-train {stage}: {error}")
     except ImportError as error:
         sys.exit(f"rlhf-train {stage}: {error}; run: pip install 'rlhf-kernels[train]'")
@@ -73,7 +79,8 @@ def _run(stage: str, args: list[str]) -> None:
         from rlhf_trainer.ppo import train_ppo
 
         ppo = train_ppo(config)
-        last = ppo.history[-1]
+        # Of the last iteration that was not skipped: what is not finite is null in the metrics.
+        last = next(row for row in reversed(ppo.history) if "policy_loss" in row)
         print(f"ppo: score {last['score']:.3f}, KL {last['kl']:.2f} nats a sequence; {ppo.folder}")
     elif stage == "demo":
         from rlhf_trainer import demo

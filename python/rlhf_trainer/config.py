@@ -33,6 +33,10 @@ class DataError(ValueError):
     """Data that cannot be used: the file, the line number and what is wrong."""
 
 
+class DivergedError(RuntimeError):
+    """Training whose numbers are no longer finite: which, at which step, and what is left."""
+
+
 @dataclass(kw_only=True)
 class Options:
     """Options as they come: from Python, YAML or the command line they end as the same values."""
@@ -70,8 +74,10 @@ class RunConfig(Options):
     """Folder or hub name of the tokenizer. Default: the model's own; for a scratch model a
     byte-level BPE with 4096 entries, trained on the training file."""
     resume: bool = False
-    """Continue from the newest checkpoint in the output folder (start afresh where there is none
-    and no model yet). Refused: a finished run, and one of another stage."""
+    """Continue from the newest whole checkpoint in the output folder; start the run that broke off
+    afresh where there is none. What sets memory or speed, and what the run does not depend on, may
+    change; data and models are compared by content. Refused: a finished run, one of another
+    stage."""
     seed: int = 0
     """Seed of initial weights, data order, dropout and sampling."""
     device: Literal["auto", "cpu"] = "auto"
@@ -89,6 +95,9 @@ class RunConfig(Options):
     beyond rounding. Own."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off. Own."""
+    max_bad_steps: int = 10
+    """A step whose loss, gradient or score is not finite changes no weight and is counted in
+    metrics.jsonl; so many of them in a row end the run with a report. Own."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates [C]."""
     adam_eps: float = 1e-8
@@ -103,8 +112,8 @@ class RunConfig(Options):
     """A line of data that cannot be used, in whatever way: error names it and ends the run before
     training, skip leaves it out and says how many there were. Own."""
     save_every: int = 200
-    """Optimiser steps (ppo: iterations) between checkpoints; 0 writes none but the final model.
-    Own."""
+    """Optimiser steps (ppo: iterations) between checkpoints, of which the last two are kept; 0
+    writes none but the final model (and one where a signal stops the run). Own."""
     progress: bool = True
     """Show how far the run and its step are: a bar on a terminal, elsewhere a line every 10
     seconds. On a CPU ppo says before it starts how long an iteration takes."""
@@ -125,6 +134,7 @@ class RunConfig(Options):
         for name in ("batch_size", "micro_batch_size", "max_prompt_tokens", "max_response_tokens"):
             low = 0 if name in self.auto else 1
             self._require(name, getattr(self, name) >= low, f"an integer >= {low}")
+        self._require("max_bad_steps", self.max_bad_steps >= 1, "an integer >= 1")
         for name in ("max_grad_norm", "weight_decay", "save_every", "profile_steps"):
             self._require(name, getattr(self, name) >= 0, "a number >= 0")
         for name in ("learning_rate", "adam_eps"):
@@ -301,7 +311,8 @@ class PPOConfig(RunConfig):
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of such a response; use with missing_eos_score None. Own."""
     save_every: int = 20
-    """Iterations between checkpoints; 0 writes none but the final model. Own."""
+    """Iterations between checkpoints, of which the last two are kept; 0 writes none but the final
+    model (and one where a signal stops the run). Own."""
 
     def validate(self) -> None:
         super().validate()

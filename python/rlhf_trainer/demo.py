@@ -38,17 +38,28 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import hidden_forward
 from rlhf_trainer import world
-from rlhf_trainer.config import ConfigError, Options, PPOConfig, RewardConfig, SFTConfig
+from rlhf_trainer.checkpoint import write_json
+from rlhf_trainer.config import (
+    ConfigError,
+    DivergedError,
+    Options,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
 from rlhf_trainer.curves import LOSS, History, Panel, draw
 from rlhf_trainer.data import Demonstration, Encoded, Ranking, collate
 from rlhf_trainer.metrics import CURVES
 from rlhf_trainer.model import completion_hidden
+from rlhf_trainer.optimizer import cosine
+from rlhf_trainer.output import remove_run
 from rlhf_trainer.ppo import PPO_OPS, exact_kl, train_ppo
+from rlhf_trainer.process import LOCK, Stopped, lock
 from rlhf_trainer.reward import REWARD_OPS, train_reward
 from rlhf_trainer.sampling import respond
 from rlhf_trainer.scalar import score_responses
 from rlhf_trainer.sft import SFT_OPS, train_sft
-from rlhf_trainer.state import check_backend, cosine, remove_run, write_json
+from rlhf_trainer.state import check_backend
 from rlhf_trainer.world import Task
 
 RESPONSE_TOKENS = 20
@@ -159,23 +170,27 @@ def main(config: DemoConfig) -> dict[str, Any]:
     options = SFTConfig(seed=config.seed, backend=config.backend)
     options.validate()
     check_backend(options, (*SFT_OPS, *REWARD_OPS, *PPO_OPS), "cpu")
-    claim(config.out)
     # A model this small keeps one core busy. On two, threads that wait for one another made the
     # reward stage several times slower.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(config)
+        with lock(config.out):
+            claim(config.out)
+            return _run(config)
+    except Stopped as stop:
+        raise Stopped(stop.number, "stopped; the same command begins anew") from stop
     finally:
         torch.set_num_threads(threads)
 
 
 def claim(out: Path) -> None:
-    """Make the folder, or clear an earlier demo's of what a demo writes.
+    """Clear the folder, which is made where it is missing, of what an earlier demo wrote.
 
     Raises ConfigError where it holds anything but has no demo.json, or one of something else.
     """
-    if out.exists() and any(out.iterdir()) and not is_demo(out / MARK):
+    ours = (LOCK, f".{MARK}.new")  # of a demo cut off before its first mark
+    if not is_demo(out / MARK) and out.exists() and any(p.name not in ours for p in out.iterdir()):
         raise ConfigError(f"out: expected an earlier demo, an empty folder or none, got {out}")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / MARK, dict.fromkeys(MARKS))  # first, so that a demo cut off is known as one
@@ -311,7 +326,9 @@ def pretrain(demo: Demo) -> PreTrainedModel:
         loss = -logprob.sum() / (labels[:, 1:] >= 0).sum()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not bool(norm.isfinite()):
+            raise DivergedError(f"base: the gradient norm is {norm.item()}, of loss {loss.item()}")
         optimizer.step()
         scheduler.step()
     demo.seconds["base"] = time.perf_counter() - began

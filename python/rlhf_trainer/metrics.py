@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rlhf_trainer.config import ConfigError
+from rlhf_trainer.checkpoint import write_text
 
 OnStep = Callable[[dict[str, Any]], None]
 METRICS, CURVES, KERNELS = "metrics.jsonl", "curves.png", "kernels.json"
@@ -24,22 +24,18 @@ OURS = "rlhf_kernels::"
 class MetricsLog:
     """One JSON line a step, flushed, and the same lines in memory.
 
-    A resumed run keeps the lines up to the checkpoint's step; what the interrupted run wrote after
-    it is run again.
+    A resumed run begins with the lines of its checkpoint, `history`; what the interrupted run wrote
+    after it is run again.
     """
 
-    def __init__(self, folder: Path, stage: str, step: int, on_step: OnStep | None) -> None:
+    def __init__(
+        self, folder: Path, stage: str, history: list[dict[str, Any]], on_step: OnStep | None
+    ) -> None:
         path = folder / METRICS
         self.stage = stage
         self.on_step = on_step
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
-        # Every step writes one line. What follows the checkpoint may end in half a line, where the
-        # run was killed.
-        try:
-            self.history: list[dict[str, Any]] = [json.loads(line) for line in lines[:step]]
-        except ValueError as error:
-            raise ConfigError(f"{path}: expected a JSON line a step: {error}") from error
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.history), encoding="utf-8")
+        self.history = history
+        write_text(path, "".join(json.dumps(row) + "\n" for row in history))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values: Any) -> dict[str, Any]:

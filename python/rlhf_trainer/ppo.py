@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import reprlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from inspect import Parameter
@@ -28,11 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import LMHead, hidden_forward
-from rlhf_trainer.config import ConfigError, DataError, PPOConfig
+from rlhf_trainer.checkpoint import replace_folder, write_json
+from rlhf_trainer.config import ConfigError, DataError, DivergedError, PPOConfig
 from rlhf_trainer.curves import plot
 from rlhf_trainer.data import (
     IGNORE,
@@ -57,19 +60,13 @@ from rlhf_trainer.model import (
     save_model,
     settle,
 )
+from rlhf_trainer.optimizer import adam, gradient_norm, warm_constant
+from rlhf_trainer.output import tidy
+from rlhf_trainer.process import one_run
 from rlhf_trainer.progress import Progress
 from rlhf_trainer.sampling import Samples, sample
 from rlhf_trainer.scalar import ScalarModel, score_rows
-from rlhf_trainer.state import (
-    RunState,
-    adam,
-    backend_of,
-    backends_of,
-    replace_folder,
-    start,
-    warm_constant,
-    write_json,
-)
+from rlhf_trainer.state import RunState, backend_of, backends_of, start, weights_fingerprint
 
 # What the stage takes from rlhf_kernels.
 PPO_OPS = (
@@ -116,6 +113,7 @@ class Rollout:
     returns: Tensor
 
 
+@one_run
 def train_ppo(
     config: PPOConfig,
     *,
@@ -189,6 +187,12 @@ def train_ppo(
     judge: Any = reward
     if reward is not None:
         judge = accelerator.prepare_model(reward, evaluation_mode=True)
+    inputs = {
+        "prompts": fingerprint((encoded, columns)),
+        "tokenizer entries": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "model weights": weights_fingerprint(policy),
+        "reward weights": weights_fingerprint(reward) if reward else "reward_fn",
+    }
     groups = [
         {"params": list(actor.parameters()), "lr": config.learning_rate},
         {"params": list(critic.parameters()), "lr": config.value_learning_rate},
@@ -201,13 +205,14 @@ def train_ppo(
         {"policy": actor, "value": critic},
         optimizer,
         scheduler,
-        fingerprint((encoded, columns)),
+        inputs,
+        total,
         kl_coef=config.kl_coef,
     )
     state.resume()
     actor.eval()
     critic.eval()
-    log = MetricsLog(config.output, config.stage, state.step, on_step)
+    log = MetricsLog(config.output, config.stage, state.history, on_step)
     ran = backends_of(config, PPO_OPS, device.type)
     clock = KernelClock(config.profile_steps, ran, device)
     bar = Progress("ppo", "iteration", state.step, total, config.progress)
@@ -224,11 +229,7 @@ def train_ppo(
         if reward_fn is not None:
             extra = {name: [values[i] for i in chosen] for name, values in columns.items()}
             given = reward_fn([texts[i] for i in chosen], samples.texts(tokenizer), **extra)
-            judged = torch.as_tensor(given, dtype=torch.float32).to(device)
-            if judged.shape != (len(chosen),):
-                raise ValueError(
-                    f"reward_fn: expected {len(chosen)} numbers, got {tuple(judged.shape)}"
-                )
+            judged = checked_rewards(reward_fn, given, len(chosen)).to(device)
         else:
             responses = zip(chosen, samples.responses(), strict=True)
             rows = [Encoded(encoded[i], response) for i, response in responses]
@@ -256,15 +257,18 @@ def train_ppo(
     def explore(chosen: list[int], first_order: Tensor) -> tuple[Rollout, dict[str, Any]]:
         """Sample and score; old log-probabilities, values and advantages; and the iteration's
         statistics."""
-        samples = sample(
-            accelerator.unwrap_model(actor),
-            tokenizer,
-            [encoded[i] for i in chosen],
-            max_response_tokens=config.max_response_tokens,
-            temperature=config.temperature,
-            batch_size=config.rollout_batch_size,
-            on_token=lambda n: bar.part("sampling", n, config.max_response_tokens, "tokens"),
-        )
+        try:
+            samples = sample(
+                accelerator.unwrap_model(actor),
+                tokenizer,
+                [encoded[i] for i in chosen],
+                max_response_tokens=config.max_response_tokens,
+                temperature=config.temperature,
+                batch_size=config.rollout_batch_size,
+                on_token=lambda n: bar.part("sampling", n, config.max_response_tokens, "tokens"),
+            )
+        except DivergedError as error:
+            raise state.diverged(f"iteration {state.step + 1}: {error}") from error
         judged, scores = score(samples, chosen)
         mask = samples.mask
         tokens = samples.tokens.masked_fill(~mask, IGNORE)
@@ -311,6 +315,7 @@ def train_ppo(
             sampled = rk.kl_estimate(logprob, ref_logprob, kind="k1", backend=backend)
             sums = {  # a masked mean over tokens times tokens a sequence is a mean over sequences
                 "reward": rk.masked_mean(rewards, mask, backend=backend) * length,
+                "value": rk.masked_mean(values, mask, backend=backend),
                 "kl": rk.masked_mean(kl, mask, backend=backend) * length,
                 "kl_sampled": rk.masked_mean(sampled, mask, backend=backend) * length,
                 "entropy": rk.masked_mean(entropy, mask, backend=backend),
@@ -324,8 +329,9 @@ def train_ppo(
         }
         return Rollout(samples, tokens, logprob, values, advantages, returns), metrics
 
-    def update(rollout: Rollout, rows: Tensor) -> list[Any]:
-        """One optimiser step on a minibatch: PolicyStats, ValueStats, policy loss, value loss."""
+    def update(rollout: Rollout, rows: Tensor) -> list[Any] | None:
+        """One optimiser step on a minibatch: PolicyStats, ValueStats, policy loss, value loss; None
+        where it was skipped."""
         mask = rollout.samples.mask
         tokens = mask[rows].sum()
         advantages = rk.masked_whiten(
@@ -368,13 +374,25 @@ def train_ppo(
             )
             accelerator.backward(config.value_coef * value_loss)
             results.append((policy_stats, value_stats, policy_loss.detach(), value_loss.detach()))
-        if config.max_grad_norm:
-            # Apart: the two networks share nothing, and a large value gradient must not slow the
-            # policy.
-            accelerator.clip_grad_norm_(actor.parameters(), config.max_grad_norm)
-            accelerator.clip_grad_norm_(critic.parameters(), config.max_grad_norm)
-        optimizer.step()
-        return [reduce(add, parts) for parts in zip(*results, strict=True)]
+        sums = [reduce(add, parts) for parts in zip(*results, strict=True)]
+        # Apart: the two networks share nothing, and a large value gradient must not slow the
+        # policy.
+        state.take_step(
+            {
+                "policy loss": sums[2],
+                "value loss": sums[3],
+                "policy gradient norm": gradient_norm(accelerator, actor, config.max_grad_norm),
+                "value gradient norm": gradient_norm(accelerator, critic, config.max_grad_norm),
+            }
+        )
+        return None if state.bad else sums
+
+    @torch.no_grad()
+    def last_numbers() -> Iterator[Tensor]:
+        """What the last weights make of the last episodes, a number a micro-batch."""
+        for rows in micro_batches_of(torch.arange(config.batch_size, device=device)):
+            hidden, _ = forward(actor, rollout.samples, rows)
+            yield hidden.mean() + forward(critic, rollout.samples, rows).mean()
 
     def prompts_of(step: int) -> list[int]:
         """The prompts of an iteration, as a function of seed and step."""
@@ -401,29 +419,36 @@ def train_ppo(
         minibatches = [rows for order in passes for rows in order.split(size)]
         with clock.step():
             rollout, metrics = explore(chosen, passes[0])
-            with clock.kernels():
-                learning = bar.track("learning", minibatches, "minibatches")
-                results = [update(rollout, rows) for rows in learning]
-        policy_stats, value_stats, policy_loss, value_loss = (
-            reduce(add, parts) for parts in zip(*results, strict=True)
-        )
+            usable, results = not state.skip(metrics), []
+            if usable:
+                with clock.kernels():
+                    learning = bar.track("learning", minibatches, "minibatches")
+                    results = [update(rollout, rows) for rows in learning]
         state.step += 1
         metrics |= {
             "episodes": state.step * config.batch_size,
             "kl_coef": state.kl_coef,
-            "clip_frac": policy_stats.clip_frac.item(),
-            "approx_kl": policy_stats.approx_kl.item(),
-            "ratio_max": policy_stats.ratio_max.item(),
-            "first_approx_kl": results[0][0].approx_kl.item(),  # 0: the first step's ratio is 1
-            "policy_loss": policy_loss.item() / len(results),
-            "value_loss": value_loss.item() / len(results),
-            "value_clip_frac": value_stats.clip_frac.item(),
-            "explained_variance": value_stats.explained_variance.item(),
             "lr": scheduler.get_last_lr()[0],
-            "seconds": time.perf_counter() - iteration_began,
+            "skipped": state.skipped,
         }
-        scheduler.step()
-        if config.kl_target is not None:
+        taken = [result for result in results if result is not None]
+        if taken:
+            policy_stats, value_stats, policy_loss, value_loss = (
+                reduce(add, parts) for parts in zip(*taken, strict=True)
+            )
+            metrics |= {
+                "clip_frac": policy_stats.clip_frac.item(),
+                "approx_kl": policy_stats.approx_kl.item(),
+                "ratio_max": policy_stats.ratio_max.item(),
+                "first_approx_kl": taken[0][0].approx_kl.item(),  # 0: the first step's ratio is 1
+                "policy_loss": policy_loss.item() / len(taken),
+                "value_loss": value_loss.item() / len(taken),
+                "value_clip_frac": value_stats.clip_frac.item(),
+                "explained_variance": value_stats.explained_variance.item(),
+            }
+        metrics["seconds"] = time.perf_counter() - iteration_began
+        state.next_rate()
+        if config.kl_target is not None and usable:
             error = metrics["kl"] / config.kl_target - 1
             error = min(max(error, -KL_ERROR_BOUND), KL_ERROR_BOUND)
             state.kl_coef *= 1 + error * config.batch_size / config.kl_horizon
@@ -436,8 +461,7 @@ def train_ppo(
             refresh=False,
         )
         bar.update()
-        if config.save_every and state.step % config.save_every == 0:
-            state.save()
+        state.end_step()
 
     bar.close()
     log.close()
@@ -447,6 +471,7 @@ def train_ppo(
         f"{config.max_response_tokens} tokens, before their end"
     )
     actor, critic = (accelerator.unwrap_model(m, keep_fp32_wrapper=False) for m in (actor, critic))
+    state.check_end(last_numbers())
     folder = config.output / "model"
     for name, model in (("model", actor), ("value", critic)):
         replace_folder(config.output / name, partial(save_model, model, tokenizer))
@@ -454,6 +479,7 @@ def train_ppo(
         plot(log.history, config.output / CURVES)
     kernels = clock.report()
     write_json(config.output / KERNELS, kernels)
+    tidy(config.output)
     seconds = time.perf_counter() - began
     return PPOResult(actor, critic, tokenizer, folder, log.history, kernels, seconds)
 
@@ -485,6 +511,34 @@ def columns_for(reward_fn: RewardFn, prompts: Sequence[str]) -> dict[str, list[A
     if not any(p.kind == Parameter.VAR_KEYWORD for p in parameters):
         known = [name for name in known if name in {p.name for p in rest}]
     return {name: [row.get(name) for row in rows] for name in known if name not in taken}
+
+
+def checked_rewards(reward_fn: RewardFn, given: Any, count: int) -> Tensor:
+    """What reward_fn returned, as float32 (count,).
+
+    Raises ValueError where that is not `count` numbers. One that is not finite is named, and stays:
+    its iteration is skipped and counted, as at any such number.
+    """
+    name = f"reward_fn {getattr(reward_fn, '__name__', type(reward_fn).__name__)}"
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | dict):
+        raise ValueError(f"{name}: expected {count} numbers, got {reprlib.repr(given)}")
+    items: list[Any] = list(given)
+    if len(items) != count:
+        raise ValueError(f"{name}: expected {count} numbers, one a response, got {len(items)}")
+    numbers: list[float] = []
+    for k, item in enumerate(items):
+        try:
+            if isinstance(item, str | bytes):
+                raise TypeError
+            numbers.append(float(item))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{name}: expected a number for response {k} of {count}, got {reprlib.repr(item)}"
+            ) from None
+    rewards = torch.tensor(numbers, dtype=torch.float64).float()
+    for k in (~rewards.isfinite()).nonzero()[:1].flatten().tolist():
+        tqdm.write(f"{name}: {numbers[k]} for response {k} of {count}")
+    return rewards
 
 
 @torch.no_grad()

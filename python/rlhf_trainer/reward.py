@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
+from rlhf_trainer.checkpoint import replace_folder, write_json
 from rlhf_trainer.config import ConfigError, DataError, RewardConfig
 from rlhf_trainer.curves import plot
 from rlhf_trainer.data import (
@@ -55,18 +56,12 @@ from rlhf_trainer.model import (
     settle,
     train_tokenizer,
 )
+from rlhf_trainer.optimizer import adam, cosine, gradient_norm
+from rlhf_trainer.output import tidy
+from rlhf_trainer.process import one_run
 from rlhf_trainer.progress import Progress
 from rlhf_trainer.scalar import ScalarModel, center_scores, sequence_scores
-from rlhf_trainer.state import (
-    RunState,
-    adam,
-    backend_of,
-    backends_of,
-    cosine,
-    replace_folder,
-    start,
-    write_json,
-)
+from rlhf_trainer.state import RunState, backend_of, backends_of, start, weights_fingerprint
 from rlhf_trainer.tokens import own_pad, stop_ids
 
 REWARD_OPS = ("pairwise_reward_loss", "ranking_reward_loss")  # of rlhf_kernels
@@ -86,6 +81,7 @@ class RewardResult:
     seconds: float
 
 
+@one_run
 def train_reward(
     config: RewardConfig,
     *,
@@ -124,6 +120,7 @@ def train_reward(
     tokenizer = checked_tokenizer(tokenizer)
     if model is None:
         model = load_causal_lm(config.require_given("model"), tokenizer, config.seed)
+    weights = weights_fingerprint(model)
     tokenizer = own_pad(tokenizer, stop_ids(model, tokenizer))
     if isinstance(model, ScalarModel):
         model.set_pad(tokenizer.pad_token_id)
@@ -153,6 +150,13 @@ def train_reward(
         zero = [row for group in held or groups for row in group.rows]
     rows = [row for group in groups + held for row in group.rows]
     check_length(model.model, max(len(row.prompt) + len(row.response) for row in rows + zero))
+    inputs = {
+        "training data": fingerprint(groups),
+        "held-out data": fingerprint(held),
+        "reference answers": fingerprint(zero),
+        "tokenizer entries": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "model weights": weights,
+    }
     dropped = len(train) + len(heldout) - len(groups) - len(held)
     print(
         f"reward: {len(groups)} prompts, {len(held)} held out, "
@@ -167,11 +171,9 @@ def train_reward(
     parameters = [{"params": list(scorer.parameters()), "lr": config.learning_rate}]
     optimizer = accelerator.prepare_optimizer(adam(config, parameters, device))
     scheduler = LambdaLR(optimizer, cosine(total, config.warmup_steps, config.lr_floor))
-    state = RunState(
-        config, tokenizer, {"model": scorer}, optimizer, scheduler, fingerprint((groups, held))
-    )
+    state = RunState(config, tokenizer, {"model": scorer}, optimizer, scheduler, inputs, total)
     state.resume()
-    log = MetricsLog(config.output, config.stage, state.step, on_step)
+    log = MetricsLog(config.output, config.stage, state.history, on_step)
     ran = backends_of(config, REWARD_OPS, device.type)
     clock = KernelClock(config.profile_steps, ran, device)
     bar = Progress("reward", "step", state.step, total, config.progress)
@@ -214,19 +216,19 @@ def train_reward(
                 accelerator.backward(part)
                 loss += part.detach()
                 parts.append(stats)
-            if config.max_grad_norm:
-                accelerator.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
+            norm = gradient_norm(accelerator, scorer, config.max_grad_norm)
+            numbers = state.take_step({"loss": loss, "grad_norm": norm})
             lr = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
+            state.next_rate()
         state.step += 1
         stats = reduce(add, parts)
         metrics: dict[str, Any] = {
             "epoch": state.step / per_epoch,
-            "loss": loss.item(),
+            **numbers,
             "accuracy": stats.accuracy.item(),
             "margin": stats.margin.item(),
             "lr": lr,
+            "skipped": state.skipped,
             "seconds": time.perf_counter() - step_began,
         }
         if held and (state.step % (config.eval_every or per_epoch) == 0 or state.step == total):
@@ -239,20 +241,27 @@ def train_reward(
             refresh=False,
         )
         bar.update()
-        if config.save_every and state.step % config.save_every == 0:
-            state.save()
+        state.end_step()
 
     bar.close()
     log.close()
     scorer = accelerator.unwrap_model(scorer, keep_fp32_wrapper=False).eval()
+    with torch.no_grad():
+        batches = micro_batches(groups, config.micro_batch_size)
+        state.check_end(forward(micro)[0] for micro in batches)
+    if held and not math.isfinite(state.last("heldout_loss")):
+        raise state.diverged("the last held-out loss is not finite")
     print(f"reward: scoring {len(zero)} answers, whose mean becomes 0")
-    center_scores(scorer, zero, rows, pad, 2 * config.micro_batch_size)
+    mean = center_scores(scorer, zero, rows, pad, 2 * config.micro_batch_size)
+    if not math.isfinite(mean):
+        raise state.diverged(f"the mean score of the reference answers is {mean}")
     folder = config.output / "model"
     replace_folder(folder, partial(save_model, scorer, tokenizer))
     if config.plot:
         plot(log.history, config.output / CURVES)
     kernels = clock.report()
     write_json(config.output / KERNELS, kernels)
+    tidy(config.output)
     accuracy = evaluate()["heldout_accuracy"] if held else None  # of the centred scores
     seconds = time.perf_counter() - began
     return RewardResult(scorer, tokenizer, folder, log.history, accuracy, kernels, seconds)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from rlhf_trainer.config import DivergedError
 from rlhf_trainer.data import encode_prompts, left_pad
 from rlhf_trainer.tokens import stop_ids
 
@@ -50,6 +52,24 @@ class Samples:
         return tokenizer.batch_decode(said, skip_special_tokens=True)
 
 
+class FiniteScores(LogitsProcessor):
+    """Draws from rows of scores that are not finite anything at all, and notes it: multinomial
+    fails on them, on a GPU for good. Nothing waits for the device."""
+
+    def __init__(self) -> None:
+        self.odd: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        odd = ~scores.amax(-1, keepdim=True).isfinite()  # NaN and inf win; -inf alone is left over
+        self.odd = odd.any() if self.odd is None else self.odd | odd.any()
+        return scores.masked_fill(odd, 0.0)
+
+    def check(self) -> None:
+        """Raise DivergedError where a score was not finite."""
+        if self.odd is not None and bool(self.odd):
+            raise DivergedError("expected finite logits to sample from, got NaN or infinity")
+
+
 class Heard(StoppingCriteria):
     """Stops nothing: generate() tells it of every token."""
 
@@ -74,7 +94,10 @@ def sample(
 ) -> Samples:
     """Sample one continuation of each prompt from the model's whole distribution (temperature 0:
     greedy), up to the first of stop_ids. on_token hears how many tokens each sequence of the batch
-    has after every step."""
+    has after every step.
+
+    Raises DivergedError where the model's logits are not finite.
+    """
     stops, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
     prompt_ids, prompt_mask = (t.to(model.device) for t in left_pad(prompts, pad))
     settings = GenerationConfig(
@@ -91,7 +114,7 @@ def sample(
     own, model.generation_config = model.generation_config, settings
     training = model.training
     model.eval()
-    parts = []
+    parts, finite = [], FiniteScores()
     try:
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
@@ -99,12 +122,14 @@ def sample(
                 input_ids=prompt_ids[rows],
                 attention_mask=prompt_mask[rows],
                 generation_config=settings,
+                logits_processor=[finite],
                 stopping_criteria=StoppingCriteriaList([Heard(prompt_ids.shape[1], on_token)]),
             )
             parts.append(output[:, prompt_ids.shape[1] :])
     finally:
         model.generation_config = own
         model.train(training)
+    finite.check()
     width = max(part.shape[1] for part in parts)
     tokens = torch.cat([nn.functional.pad(p, (0, width - p.shape[1]), value=pad) for p in parts])
     is_stop = torch.isin(tokens, torch.tensor(stops, device=tokens.device))

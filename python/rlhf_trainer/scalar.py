@@ -192,8 +192,9 @@ def center_scores(
     rows: Sequence[Encoded],
     pad: int,
     batch_size: int,
-) -> None:
-    """Shift the scores so that those of `reference` average 0, within the weights that
+) -> float:
+    """Shift the scores so that those of `reference` average 0, and return what they averaged; where
+    that is not finite, nothing changes. The shift is made within the weights that
     transformers' own class has: their heads have no bias.
 
     Where a LayerNorm with a bias comes before the head, its bias takes the shift exactly. Behind an
@@ -204,13 +205,16 @@ def center_scores(
     weight = head.weight[0].cpu().double()
     mean = last_hidden(model, reference, pad, batch_size).mean(0)
     excess = mean @ weight
+    if not excess.isfinite():
+        return excess.item()
     norm: Any = final_norm(model, collate(reference[:1], pad))
     if norm is not None:
         norm.bias -= (excess * weight / weight.square().sum()).to(norm.bias)
-        return
+        return excess.item()
     some = rows[:: math.ceil(len(rows) / CENTER_ROWS)]
     direction = flattest_direction(last_hidden(model, some, pad, batch_size), mean)
     head.weight -= (excess * direction).to(head.weight)
+    return excess.item()
 
 
 @torch.no_grad()

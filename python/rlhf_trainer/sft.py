@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
+from rlhf_trainer.checkpoint import replace_folder, write_json
 from rlhf_trainer.config import ConfigError, SFTConfig
 from rlhf_trainer.curves import plot
 from rlhf_trainer.data import (
@@ -52,17 +53,11 @@ from rlhf_trainer.model import (
     settle,
     train_tokenizer,
 )
+from rlhf_trainer.optimizer import adam, cosine, gradient_norm
+from rlhf_trainer.output import tidy
+from rlhf_trainer.process import one_run
 from rlhf_trainer.progress import Progress
-from rlhf_trainer.state import (
-    RunState,
-    adam,
-    backend_of,
-    backends_of,
-    cosine,
-    replace_folder,
-    start,
-    write_json,
-)
+from rlhf_trainer.state import RunState, backend_of, backends_of, start, weights_fingerprint
 
 SFT_OPS = ("linear_token_loss",)  # of rlhf_kernels
 
@@ -81,6 +76,7 @@ class SFTResult:
     seconds: float
 
 
+@one_run
 def train_sft(
     config: SFTConfig,
     *,
@@ -131,6 +127,12 @@ def train_sft(
         )
     check_length(model, max(len(row.prompt) + len(row.response) for row in rows + held))
     check_head(model)
+    inputs = {
+        "training data": fingerprint(rows),
+        "held-out data": fingerprint(held),
+        "tokenizer entries": fingerprint(sorted(tokenizer.get_vocab().items())),
+        "model weights": weights_fingerprint(model),
+    }
     dropped = len(train) + len(heldout) - len(rows) - len(held)
     print(
         f"sft: {len(rows)} demonstrations, {len(held)} held out, {dropped} dropped (long prompts); "
@@ -144,11 +146,9 @@ def train_sft(
     groups = [{"params": list(lm.parameters()), "lr": config.learning_rate}]
     optimizer = accelerator.prepare_optimizer(adam(config, groups, device))
     scheduler = LambdaLR(optimizer, cosine(total, config.warmup_steps, config.lr_floor))
-    state = RunState(
-        config, tokenizer, {"model": lm}, optimizer, scheduler, fingerprint((rows, held))
-    )
+    state = RunState(config, tokenizer, {"model": lm}, optimizer, scheduler, inputs, total)
     state.resume()
-    log = MetricsLog(config.output, config.stage, state.step, on_step)
+    log = MetricsLog(config.output, config.stage, state.history, on_step)
     ran = backends_of(config, SFT_OPS, device.type)
     clock = KernelClock(config.profile_steps, ran, device)
     bar = Progress("sft", "step", state.step, total, config.progress)
@@ -192,17 +192,17 @@ def train_sft(
                 part = forward(micro, tokens)
                 accelerator.backward(part)
                 loss += part.detach()
-            if config.max_grad_norm:
-                accelerator.clip_grad_norm_(lm.parameters(), config.max_grad_norm)
+            norm = gradient_norm(accelerator, lm, config.max_grad_norm)
+            numbers = state.take_step({"loss": loss, "grad_norm": norm})
             lr = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
+            state.next_rate()
         state.step += 1
         metrics: dict[str, Any] = {
             "epoch": state.step / per_epoch,
-            "loss": loss.item(),
+            **numbers,
             "lr": lr,
             "tokens": tokens,
+            "skipped": state.skipped,
         }
         metrics["seconds"] = time.perf_counter() - step_began
         if held and (state.step % (config.eval_every or per_epoch) == 0 or state.step == total):
@@ -215,7 +215,7 @@ def train_sft(
                     0,
                 )
                 if config.keep == "best":
-                    replace_folder(folder, partial(save_model, lm, tokenizer))
+                    state.save_best(lm)
         log.write(state.step, **metrics)
         bar.set_postfix(
             loss=f"{metrics['loss']:.3f}",
@@ -223,8 +223,7 @@ def train_sft(
             refresh=False,
         )
         bar.update()
-        if config.save_every and state.step % config.save_every == 0:
-            state.save()
+        state.end_step()
 
     bar.close()
     log.close()
@@ -234,15 +233,20 @@ def train_sft(
             f"held-out evaluations found no loss below that of step {state.best_step}"
         )
     lm = accelerator.unwrap_model(lm, keep_fp32_wrapper=False)
-    if config.keep == "best" and state.best_step:
-        load_weights(lm, folder)
-    else:
-        replace_folder(folder, partial(save_model, lm, tokenizer))
     lm.eval()
+    chosen = state.best_loss if config.keep == "best" else state.last("heldout_loss")
+    if held and not math.isfinite(chosen):
+        raise state.diverged("no held-out loss of the weights to keep is finite")
+    if state.best_kept:
+        load_weights(lm, state.best_folder)
+    with torch.no_grad():
+        state.check_end(forward(m, 1) for m in micro_batches(rows, config.micro_batch_size))
+    replace_folder(folder, partial(save_model, lm, tokenizer))
     if config.plot:
         plot(log.history, config.output / CURVES)
     kernels = clock.report()
     write_json(config.output / KERNELS, kernels)
+    tidy(config.output)
     best = {"loss": state.best_loss, "step": state.best_step}
     seconds = time.perf_counter() - began
     return SFTResult(lm, tokenizer, folder, log.history, best, kernels, seconds)

@@ -13,7 +13,7 @@ from rlhf_trainer.metrics import KernelClock, MetricsLog
 
 def test_metrics_are_one_flushed_line_a_step(tmp_path):
     seen: list[dict] = []
-    log = MetricsLog(tmp_path, "sft", 0, seen.append)
+    log = MetricsLog(tmp_path, "sft", [], seen.append)
     log.write(1, loss=2.0, nothing=float("nan"))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == log.history == seen
@@ -23,9 +23,9 @@ def test_metrics_are_one_flushed_line_a_step(tmp_path):
 
 def test_resumed_metrics_keep_the_lines_up_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"stage": "sft", "step": k, "loss": 1.0}) for k in (1, 2, 3)]
-    path.write_text("\n".join(lines) + '\n{"stage": "s')  # killed in the middle of a line
-    log = MetricsLog(tmp_path, "sft", 2, None)
+    history = [{"stage": "sft", "step": k, "loss": 1.0} for k in (1, 2, 3)]
+    path.write_text("\n".join(map(json.dumps, history)) + '\n{"stage": "s')  # killed in a line
+    log = MetricsLog(tmp_path, "sft", history[:2], None)
     log.write(3, loss=0.5)
     log.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -433,15 +434,44 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert untimed(resumed.history) == untimed(whole.history)
 
 
-def test_reward_fn_must_return_a_number_a_response(ppo_config, make_model, tokenizer):
-    with pytest.raises(ValueError, match=r"reward_fn: expected 16 numbers, got \(1,\)"):
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ([1.0], "expected 16 numbers, one a response, got 1"),
+        (torch.zeros(16, 2), "expected a number for response 0 of 16, got tensor"),
+        ([0.0] * 5 + [None] + [0.0] * 10, "expected a number for response 5 of 16, got None"),
+        ([0.0] * 15 + ["0.5"], "expected a number for response 15 of 16, got '0.5'"),
+        (None, "expected 16 numbers, got None"),
+        (1.0, r"expected 16 numbers, got 1\.0"),
+    ],
+)
+def test_reward_fn_must_return_a_number_a_response(ppo_config, make_model, tokenizer, given, error):
+    def judge(prompts, responses):
+        return given
+
+    config = ppo_config()
+    with pytest.raises(ValueError, match=f"^reward_fn judge: {error}"):
         train_ppo(
-            ppo_config(),
-            policy=make_model(),
-            tokenizer=tokenizer,
-            reward_fn=lambda prompts, responses: [1.0],
-            prompts=PROMPTS,
+            config, policy=make_model(), tokenizer=tokenizer, reward_fn=judge, prompts=PROMPTS
         )
+    assert (config.output / "metrics.jsonl").read_text() == ""  # before any training
+
+
+def test_reward_fn_may_return_any_kind_of_numbers(ppo_config, make_model, tokenizer):
+    kinds = [
+        lambda prompts, responses: tuple(count_good(prompts, responses)),
+        lambda prompts, responses: torch.tensor(count_good(prompts, responses)),
+        lambda prompts, responses: [torch.tensor(x) for x in count_good(prompts, responses)],
+        lambda prompts, responses: numpy.float32(count_good(prompts, responses)),
+    ]
+    data = {"tokenizer": tokenizer, "prompts": PROMPTS}
+    scores = [
+        train_ppo(
+            ppo_config(f"kind-{k}", episodes=16), policy=make_model(), reward_fn=kind, **data
+        ).history[0]["score"]
+        for k, kind in enumerate(kinds)
+    ]
+    assert scores == [scores[0]] * 4
 
 
 ROWS = [

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_kernels.backend import INTERPRETING, why_not
 from rlhf_trainer import ppo, reward, sft
+from rlhf_trainer.checkpoint import SUMS, seal
 from rlhf_trainer.config import ConfigError
 from rlhf_trainer.reward import train_reward
 from rlhf_trainer.sft import train_sft
@@ -76,7 +77,8 @@ def test_another_stages_run_is_not_resumed(
         assert contents(config.output) == before
         if save_every:  # the checkpoint knows it too
             (config.output / "metrics.jsonl").unlink()
-            with pytest.raises(ConfigError, match=r"stage: expected sft as in .*, got reward"):
+            error = r"stage: expected sft as in .*, got reward" if stop == 2 else "got a finished"
+            with pytest.raises(ConfigError, match=error):
                 train_reward(other, **options)
 
 
@@ -119,22 +121,31 @@ def test_damaged_checkpoint_is_named_in_one_line(sft_config, make_model, data, i
     path = config.output / "checkpoint-1" / "state.pt"
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2]}.get(damage, b"garbage"))
-    if damage == "other":
+    if damage == "other":  # with its checksum: whole, and still no checkpoint
         torch.save([1, 2], path)
-    with pytest.raises(ConfigError, match=r"checkpoint-1/state\.pt: not a checkpoint") as caught:
+        (path.parent / SUMS).unlink()
+        seal(path.parent)
+    reason = {"other": "is no state of a run"}.get(damage, "differs from its checksum")
+    with pytest.raises(
+        ConfigError,
+        match=rf"resume: expected a whole checkpoint in .*, got none: .*state\.pt {reason}",
+    ) as caught:
         train_sft(config, model=make_model(), **data)
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_metrics_of_a_resumed_run(sft_config, make_model, data, interrupt):
+def test_damaged_metrics_of_a_resumed_run(sft_config, make_model, data, interrupt, untimed):
+    """The lines up to the checkpoint come from the checkpoint."""
+    whole = train_sft(sft_config("whole", save_every=2), model=make_model(), **data)
     with pytest.raises(interrupt.error):
         train_sft(sft_config(save_every=2), model=make_model(), on_step=interrupt(3), **data)
     config = sft_config(save_every=2, resume=True)
     path = config.output / "metrics.jsonl"
     first, *_ = path.read_text().splitlines()
     path.write_text(f"{first}\n{{\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected a JSON line a step"):
-        train_sft(config, model=make_model(), **data)
+    result = train_sft(config, model=make_model(), **data)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert untimed(rows) == untimed(result.history) == untimed(whole.history)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
