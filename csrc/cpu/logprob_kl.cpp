@@ -35,13 +35,12 @@ static KlSums kl_block(const T* z, const T* ref, int64_t size, double base, doub
   V cross[kUnroll];
   for (V& c : cross) c = splat<V>(0);
   for_each_vector<V>(size, [&](int u, int64_t i, int n) RK_INLINE {
-    V d, ref_d;
-    const V unit = splat<V>(scale);
-    const V e = softmax_step<true, kOwn>(load_logits(z + i, n), splat<V>(base), unit, &d, &acc[u]);
-    softmax_step<false, kRefOwn>(load_logits(ref + i, n), splat<V>(ref_base), unit, &ref_d,
-                                 &ref_acc[u]);
+    const V x = load_logits(z + i, n), y = load_logits(ref + i, n), unit = splat<V>(scale);
+    const V d = x - splat<V>(base), ref_d = y - splat<V>(ref_base), apart = d - ref_d;
+    const V e = softmax_step<true, kOwn>(x, d, unit, &acc[u]);
+    softmax_step<false, kRefOwn>(y, ref_d, unit, &ref_acc[u]);
     // p = 0: the term is 0, also where the reference has probability 0 too (inf - inf).
-    cross[u] = cross[u] + select(e == splat<V>(0), splat<V>(0), e * (d - ref_d));
+    cross[u] = cross[u] + select(e == splat<V>(0), splat<V>(0), e * apart);
   });
   KlSums out{collect<kOwn>(acc), collect<kRefOwn>(ref_acc), 0};
   for (const V& c : cross) out.cross += sum_lanes(c);

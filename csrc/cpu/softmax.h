@@ -28,14 +28,13 @@ struct BlockSums {
   V max = splat<V>(-__builtin_inf()), sum = splat<V>(0), dot = splat<V>(0), tops = splat<V>(0);
 };
 
-// d = z - base, s = d * scale. kOwn: elements at the base are counted, not added.
+// Of a vector of logits z, d above the base. kOwn: elements at the base are counted, not added.
 template <bool kDot, bool kOwn, class V>
-RK_HD V softmax_step(V z, V base, V scale, V* d, BlockSums<V>* acc) {
-  *d = z - base;
-  const V s = *d * scale, e = exp_flush(s), zero = splat<V>(0);
+RK_HD V softmax_step(V z, V d, V scale, BlockSums<V>* acc) {
+  const V s = d * scale, e = exp_flush(s), zero = splat<V>(0);
   acc->max = max(z, acc->max);
   if constexpr (kOwn) {
-    const auto top = *d == zero;
+    const auto top = d == zero;
     acc->sum = acc->sum + select(top, zero, e);
     acc->tops = acc->tops + select(top, splat<V>(1), zero);
   } else {
@@ -80,8 +79,8 @@ static Softmax softmax_block(const T* z, int64_t size, double base, double scale
   using V = typename Compute<T>::V;
   BlockSums<V> acc[kUnroll];
   for_each_vector<V>(size, [&](int u, int64_t i, int n) RK_INLINE {
-    V d;
-    softmax_step<kDot, kOwn>(load_logits(z + i, n), splat<V>(base), splat<V>(scale), &d, &acc[u]);
+    const V x = load_logits(z + i, n);
+    softmax_step<kDot, kOwn>(x, x - splat<V>(base), splat<V>(scale), &acc[u]);
   });
   return collect<kOwn>(acc);
 }
