@@ -351,7 +351,7 @@ class Sweep:
     def refined(self, part: slice, tokens: Tensor, rows: Rows) -> Tensor:
         """logprob with the target's logit, here and in the sum, in float32; for logits of 16 bits.
 
-        What was read is x = logprob + log_sum, and the sum's share of it e^x.
+        1 - p of what was read is the share of the other tokens in the sum.
         """
         if self.dtype not in LOW:
             return rows.logprob
@@ -371,20 +371,23 @@ class Sweep:
         return torch.tanh(exact * (head.logit_scale / head.softcap)) if head.softcap else exact
 
     def with_target(self, part: slice, tokens: Tensor, rows: Rows, exact: Tensor) -> Tensor:
-        """logprob with ``exact`` (n, K) as the target's logit, also in the sum."""
+        """logprob with ``exact`` (n, K) as the target's logit, also in the sum.
+
+        log p = -log1p(others / e^x), with others = (1 - p) e^log_sum: near p = 1 it keeps its
+        digits.
+        """
         many = tokens.dim() == 2
         temperature, value, ignore_index = self.scaling(part)
         scale = value if temperature is None else temperature.unsqueeze(-1)
         row_max, log_sum = rows.row_max.unsqueeze(-1), rows.log_sum.unsqueeze(-1)
         logprob = rows.logprob if many else rows.logprob.unsqueeze(-1)
         x, rounded = (exact - row_max) / scale, logprob + log_sum
-        change = (x.exp() - rounded.exp()) * (-log_sum).exp()
-        fine = x - log_sum - torch.log1p(change)
+        others = log_sum + (-torch.expm1(logprob)).log()
+        fine = -torch.nn.functional.softplus(others - x)
         scored = (tokens if many else tokens.unsqueeze(-1)) != ignore_index
         # Rounding keeps an order that a target alone would leave: where the difference decides, as
         # at a very low temperature, both stay rounded.
         small = (x - rounded).abs() <= LARGEST_CHANGE
-        fine = fine.clamp(max=0)
         kept = scored & small & fine.isfinite() & logprob.isfinite()
         return torch.where(kept, fine, logprob).view_as(rows.logprob)
 

@@ -1,8 +1,9 @@
 """Vocabulary-parallel heads: every rank holds consecutive rows of the weight.
 
 Each rank runs the row kernels on the logits of its own rows, and vectors of one number a token are
-reduced: the maxima, then the sums relative to the common maximum, the energies of the entropy, and
-the targets' logits, to which the one rank that holds the target contributes.
+reduced: the maxima, then the sums relative to the common maximum (without the maxima themselves,
+which are counted: so that log p near 0 keeps its digits), the energies of the entropy, and the
+targets' logits, to which the one rank that holds the target contributes.
 """
 
 from __future__ import annotations
@@ -162,9 +163,12 @@ class _ShardSweep(Sweep):
         # A shard without a finite logit has a sum of 0 and no mean energy.
         shift = (mine.row_max.double() - row_max) / scale
         share = (shift + mine.log_sum).exp()
+        top = mine.row_max == row_max
+        beside = torch.where(top, mine.log_sum.double().expm1(), share)  # the maximum
         many = tokens.dim() == 2
         index, held = (local, owned) if many else (local.unsqueeze(-1), owned.unsqueeze(-1))
-        sums = [share.unsqueeze(-1), torch.where(held, z.gather(-1, index.clamp(min=0)), 0.0)]
+        sums = [torch.stack((beside, top.to(beside.dtype)), -1)]
+        sums.append(torch.where(held, z.gather(-1, index.clamp(min=0)), 0.0))
         if with_entropy:
             energy = share * (shift + mine.log_sum - mine.entropy)
             sums.append(torch.where(share == 0, 0.0, energy).unsqueeze(-1))
@@ -173,16 +177,16 @@ class _ShardSweep(Sweep):
         widths = [x.shape[1] for x in sums]
         reduced = torch.cat([x.double() for x in sums], -1)
         dist.all_reduce(reduced, group=self.shard.group)
-        share, target, *rest = reduced.split(widths, -1)
+        beside, target, *rest = reduced.split(widths, -1)
 
         scale = scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
-        log_sum = share.log()
+        log_sum = (beside[:, :1] + (beside[:, 1:] - 1)).log1p()
         logprob = (target - row_max.unsqueeze(-1)) / scale - log_sum
         logprob = logprob.masked_fill(index == WRONG, torch.nan).masked_fill(index == IGNORED, 0.0)
         used = (index != IGNORED).any(-1)
         entropy = mine.entropy
         if with_entropy:
-            entropy = torch.where(used, (log_sum - rest.pop(0) / share).squeeze(-1), 0.0)
+            entropy = torch.where(used, (log_sum - rest.pop(0) / log_sum.exp()).squeeze(-1), 0.0)
         dtype = row_max.dtype
         rows = Rows(
             logprob.view(tokens.shape).to(dtype),
@@ -223,7 +227,8 @@ class _ShardSweep(Sweep):
         log_p = (first - rows.row_max) / scale - rows.log_sum
         g = -own * torch.expm1(log_p) - others * log_p.exp()
         if grad_entropy is not None:
-            g = g - grad_entropy * log_p.exp() * (log_p + rows.entropy)
+            energy = log_p.clamp(min=-1000) + rows.entropy  # p = 0: the term is 0, not 0 * inf
+            g = g - grad_entropy * log_p.exp() * energy
         g = torch.where(first == -torch.inf, 0.0, g / scale).to(z.dtype)
         z[:, 0] = torch.where(elsewhere, g, z[:, 0])
 

@@ -88,20 +88,23 @@ def logprob_kl_reference(
     check_positive(temperature, valid.squeeze(-1))
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
 
-    def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:  # read N*V of each
+    def log_softmax(z: Tensor) -> Tensor:  # read N*V of each
         z = torch.where(valid, z.to(checks.accumulation_dtype(z)), 0.0)
-        z = (z - z.detach().amax(-1, keepdim=True)) / scale
-        banned = z == -torch.inf
-        return z.masked_fill(banned, -torch.inf).log_softmax(-1), banned
+        row_max = z.detach().amax(-1, keepdim=True)
+        banned = (z == -torch.inf) & (row_max > -torch.inf)
+        z = (z - row_max) / scale
+        return z.masked_fill(banned, -torch.inf).log_softmax(-1)
 
     def of_token(log_p: Tensor) -> Tensor:
         at = log_p.gather(-1, index.clamp(0, vocab - 1)).masked_fill(index < 0, torch.nan)
         return torch.where(valid, at, 0.0).squeeze(-1)  # write N
 
-    (log_p, banned), (log_q, _) = log_softmax(logits), log_softmax(ref_logits.detach())
-    p, log_p0 = log_p.exp(), log_p.masked_fill(banned, 0.0)
-    kl = (p * torch.where(banned, 0.0, log_p0 - log_q)).sum(-1)  # write N
-    entropy = torch.where(valid.squeeze(-1), -(p * log_p0).sum(-1), 0.0)  # write N
+    log_p, log_q = log_softmax(logits), log_softmax(ref_logits.detach())
+    p = log_p.exp()
+    nothing = p == 0  # then a term is 0, not 0 * inf
+    kl = (p * torch.where(nothing, 0.0, log_p - log_q)).sum(-1)  # write N
+    plogp = p * log_p.masked_fill(nothing, 0.0)
+    entropy = torch.where(valid.squeeze(-1), -plogp.sum(-1), 0.0)  # write N
     return LogprobKL(of_token(log_p), of_token(log_q), kl, entropy)
 
 

@@ -57,7 +57,9 @@ def token_logprob(
 
     A banned token (logit -inf) has probability 0, entropy term 0 and gradient 0; as the target its
     log-probability is -inf. The row's maximum is subtracted before anything is scaled or summed, so
-    a common offset of 1e4 changes nothing beyond the rounding of the inputs.
+    a common offset of 1e4 changes nothing beyond the rounding of the inputs. Compiled backends keep
+    log p relative to itself, also where p is near 1 (-1e-12 comes out as -1e-12, not as 0), and so
+    they do 1 - p in the gradient; the reference, plain PyTorch, does not.
 
     Args:
         logits: (..., V) bf16, fp16, fp32 or fp64; stride 1 in V, any strides before. Never copied.
@@ -186,7 +188,8 @@ def token_logprob_reference(
     log_p = z.masked_fill(banned, -torch.inf).log_softmax(-1)  # gradient 0 where banned
     logprob = log_p.gather(-1, index.clamp(0, vocab - 1)).masked_fill(index < 0, torch.nan)
     logprob = torch.where(valid, logprob, 0.0)  # write N*K
-    plogp = log_p.exp() * log_p.masked_fill(banned, 0.0)
+    p = log_p.exp()
+    plogp = p * log_p.masked_fill(p == 0, 0.0)  # the scaled distance of a finite mask is infinite
     entropy = torch.where(row_valid, -plogp.sum(-1), 0.0)  # write N
     return TokenLogprob(logprob if many else logprob.squeeze(-1), entropy)
 
@@ -233,6 +236,7 @@ def _backward_fake(grad_logprob, grad_entropy, logits, *rest):
 
 # Forward: one read of N*V. row_max and log_sum = log sum exp((z - max) / temperature) stay apart
 # for the backward: at an offset of 1e4 a float32 sum of the two has lost the digits that matter.
+# log_sum = log1p(sum without the maximum itself) is accurate relative to itself.
 # Backward: grad = (g_t (onehot - p) - g_H p (log p + H)) / temperature; read N*V, write N*V.
 _SAVED = (
     "Tensor tokens, Tensor? temperature, float temperature_value, int ignore_index, "

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+import test_known_bugs
 from compare import assert_close_to_truth
 from host_device import build
 from rlhf_kernels import ClippedSurrogate, gae, token_logprob, token_logprob_and_grad
@@ -221,6 +222,31 @@ def test_token_logprob_entropy_changes_no_bit(machine):
         alone = token_logprob(logits, tokens, backend="cuda")
         beside = token_logprob(logits, tokens, with_entropy=True, backend="cuda")
         assert torch.equal(alone, beside.logprob)
+
+
+# 40001: four parts of a row, in the one-read kernel four blocks of a cluster.
+@pytest.mark.parametrize("vocab", [2, 33, 2049, 9000, 40001])
+def test_log_p_near_one(machine, vocab):
+    machine("shuffled")
+    test_known_bugs.test_log_p_near_one("cpu", "cuda", vocab)
+
+
+def test_log_p_near_one_of_equal_maxima(machine):
+    """In two threads, in two parts; and in one thread."""
+    test_known_bugs.test_log_p_near_one_of_equal_maxima("cpu", "cuda")
+    logits = torch.full((1, 40001), -30.0)
+    for places in ((3, 40000), (3, 4), (3, 1027, 20000)):
+        logits[0, list(places)] = 5.0
+        got = token_logprob(logits, torch.tensor([3]), backend="cuda")
+        assert got.item() == pytest.approx(-math.log(len(places)), rel=1e-6)
+        logits.fill_(-30.0)
+
+
+@pytest.mark.parametrize("where", test_known_bugs.MASKS)
+@each_dtype
+def test_finite_huge_mask(machine, dtype, where):
+    for temperature in (1.0, 0.5):
+        test_known_bugs.test_finite_huge_mask("cpu", "cuda", dtype, temperature, where)
 
 
 def steps(*shape, dtype=torch.float32):

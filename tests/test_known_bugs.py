@@ -954,3 +954,197 @@ def test_temperature_everywhere(device, backend):
     torch.testing.assert_close(alone.logprob, hot.logprob)
     torch.testing.assert_close(alone.entropy, hot.entropy)
     assert not torch.allclose(hot.kl, rk.logprob_kl(logits, ref_logits, tokens, **kwargs).kl)
+
+
+# ---- One token has all of the probability, or none ------------------------------------------
+
+GAPS = (1.0, 8.0, 20.0, 27.625, 50.0, 68.0)  # log p of -1e-12 near 27.6, of -1e-30 near 69
+
+
+def near_one(vocab: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, tokens, gaps), a row for each gap and place: the token is that far above the rest.
+
+    In the last rows the others rise towards it: each block has a new maximum.
+    """
+    places = sorted({0, vocab // 2, min(vocab - 1, 2048), vocab - 1})
+    rows = [(gap, place) for gap in GAPS for place in [*places, -1]]
+    gaps = torch.tensor([gap for gap, _ in rows])
+    tokens = torch.tensor([place % vocab for _, place in rows])
+    logits = -random(len(rows), vocab).abs().clamp(max=4)
+    rising = torch.tensor([place < 0 for _, place in rows])
+    logits[rising] = torch.linspace(-4, 0, vocab)
+    logits.scatter_(1, tokens[:, None], gaps[:, None])
+    return logits.to(device), tokens.to(device), gaps.double()
+
+
+def near_one_truth(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """log p, 1 - p and the entropy in float64, from the distances of the other tokens alone."""
+    z = logits.double().cpu()
+    tokens = tokens.cpu()[:, None]
+    d = (z - z.gather(1, tokens)) / temperature
+    e = d.exp().scatter(1, tokens, 0.0)
+    rest = e.sum(1)
+    return -rest.log1p(), rest / (1 + rest), rest.log1p() - (e * d).sum(1) / (1 + rest)
+
+
+def assert_relative(got: Tensor, truth: Tensor, distance: Tensor, what: str) -> None:
+    """float32 rounds the distance of two logits a few times: relative to itself, e to its power
+    has that as its error."""
+    error = ((got.detach().double().cpu() - truth) / truth).abs()
+    bound = 2**-23 * (4 + 2 * distance)
+    worst = int((error / bound).argmax())
+    assert (error <= bound).all(), (
+        f"{what}: relative error {error[worst]:.3g} above {bound[worst]:.3g}, got "
+        f"{got.flatten()[worst]:.9g}, truth {truth[worst]:.9g}"
+    )
+
+
+def skip_plain_formula(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("only compiled backends promise it: the reference is plain PyTorch")
+
+
+# 2, 33: less than a tile. 2049: a block of the CPU and one more. 9000: several, with a rest.
+@pytest.mark.parametrize("vocab", [2, 33, 2049, 9000])
+def test_log_p_near_one(device, backend, vocab):
+    """49. log p of a likely token and 1 - p in its gradient are 0 beyond 16 nats, where -1e-12 is
+    right."""
+    skip_plain_formula(backend)
+    logits, tokens, gaps = near_one(vocab, device)
+    for temperature in (1.0, 1.25):
+        options: dict[str, Any] = {"temperature": temperature, "backend": backend}
+        logprob, q, entropy = near_one_truth(logits, tokens, temperature)
+        distance = gaps / temperature
+        leaf = logits.clone().requires_grad_()
+        out = rk.token_logprob(leaf, tokens, with_entropy=True, **options)
+        assert_relative(out.logprob, logprob, distance, "logprob")
+        assert_relative(out.entropy, entropy, distance, "entropy")
+        assert torch.equal(out.logprob, rk.token_logprob(logits, tokens, **options))
+        grad = torch.autograd.grad(out.logprob.sum(), leaf, retain_graph=True)[0]
+        own = grad.gather(1, tokens[:, None]).squeeze(1) * temperature
+        assert_relative(own, q, distance, "gradient of logprob")
+        # d H / d z_t = -p (log p + H), all of it small: H is the larger one.
+        grad = torch.autograd.grad(out.entropy.sum(), leaf)[0]
+        own = grad.gather(1, tokens[:, None]).squeeze(1) * temperature
+        assert_relative(own, (q - 1) * (logprob + entropy), 2 * distance, "gradient of entropy")
+        many = torch.stack((tokens, (tokens + 1) % vocab, tokens), 1)
+        assert torch.equal(rk.token_logprob(logits, many, **options)[:, 2], out.logprob)
+        both = rk.token_logprob_and_grad(logits, tokens, with_entropy=True, **options)
+        assert torch.equal(both.logprob, out.logprob) and torch.equal(both.entropy, out.entropy)
+        own = both.grad_logits.gather(1, tokens[:, None]).squeeze(1) * temperature
+        assert_relative(own, q, distance, "gradient in one go")
+        assert_relative(both.log_sum, -logprob, distance, "log_sum")
+
+
+@pytest.mark.parametrize("vocab", [2, 33, 2049, 9000])
+def test_log_p_near_one_of_logprob_kl(device, backend, vocab):
+    """49. Of the policy and of the reference."""
+    skip_plain_formula(backend)
+    logits, tokens, gaps = near_one(vocab, device)
+    ref_logits = logits.flip(0)  # gaps and places in the reverse order
+    for temperature in (1.0, 1.25):
+        options: dict[str, Any] = {"temperature": temperature, "backend": backend}
+        logprob, q, entropy = near_one_truth(logits, tokens, temperature)
+        distance = gaps / temperature
+        leaf = logits.clone().requires_grad_()
+        out = rk.logprob_kl(leaf, ref_logits, tokens, **options)
+        assert_relative(out.logprob, logprob, distance, "logprob")
+        assert_relative(out.entropy, entropy, distance, "entropy")
+        own = torch.autograd.grad(out.logprob.sum(), leaf)[0].gather(1, tokens[:, None])
+        assert_relative(own.squeeze(1) * temperature, q, distance, "gradient of logprob")
+        swapped = rk.logprob_kl(ref_logits, logits, tokens, **options)
+        assert_relative(swapped.ref_logprob, logprob, distance, "ref_logprob")
+
+
+def test_log_p_near_one_of_equal_maxima(device, backend):
+    """49. A maximum that stands there twice is left out of the sum once."""
+    for vocab in (2, 2049, 9000):
+        for places in ((0, vocab - 1), (vocab // 2, vocab // 2 - 1)):
+            logits = torch.full((1, vocab), -30.0, device=device)
+            logits[0, list(places)] = 5.0
+            tokens = torch.tensor([list(places)], device=device)
+            got = rk.token_logprob(logits, tokens, with_entropy=True, backend=backend)
+            torch.testing.assert_close(
+                got.logprob, torch.full_like(got.logprob, -math.log(2)), rtol=1e-6, atol=0
+            )
+            assert got.entropy.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+MASKS = ("second half", "leading blocks", "all but one", "beside -inf")
+
+
+def huge_masks(dtype: torch.dtype, where: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, where they are masked, tokens): finfo.min instead of -inf; row 0 is 0 elsewhere."""
+    logits = random(3, 4500, device=device).to(dtype)
+    logits[0] = 0
+    masked = torch.zeros(4500, dtype=torch.bool, device=device)
+    masked[2250:] = True
+    if where == "leading blocks":
+        masked = ~masked
+    elif where == "all but one":
+        masked[:] = True
+        masked[2100] = False
+    logits[:, masked] = torch.finfo(dtype).min
+    if where == "beside -inf":
+        logits[:, 2200:3000] = -torch.inf
+        masked[2200:3000] = True
+    kept = int((~masked).nonzero()[-1])
+    return logits, masked, torch.full((3,), kept, device=device)
+
+
+@pytest.mark.parametrize("where", MASKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_finite_huge_mask(device, backend, dtype, temperature, where):
+    """41. Masks of finfo.min: the scaled distance to the maximum overflows. trl 7221"""
+    logits, masked, tokens = huge_masks(dtype, where, device)
+    options: dict[str, Any] = {"temperature": temperature, "backend": backend}
+    kept = (logits[:, ~masked].double() / temperature).log_softmax(-1)
+    entropy = -(kept.exp() * kept).sum(-1)
+    tolerance = {"rtol": 2e-6, "atol": 2e-6}
+    leaf = logits.clone().requires_grad_()
+    out = rk.token_logprob(leaf, tokens, with_entropy=True, **options)
+    torch.testing.assert_close(out.logprob.double(), kept[:, -1], **tolerance)
+    torch.testing.assert_close(out.entropy.double(), entropy, **tolerance)
+    assert out.entropy[0].item() == pytest.approx(math.log(kept.shape[1]), rel=1e-6, abs=1e-6)
+    for result in (out.logprob, out.entropy):
+        (grad,) = torch.autograd.grad(result.sum(), leaf, retain_graph=True)
+        assert grad.isfinite().all() and (grad[:, masked] == 0).all()
+    # A token that is masked is as far away as it is, and its gradient is 1.
+    far = torch.full_like(tokens, int((logits[0] == torch.finfo(dtype).min).nonzero()[0]))
+    beside = rk.token_logprob(leaf, torch.stack((tokens, far), 1), **options)
+    z = logits.to(out.logprob.dtype)
+    distance = ((z.gather(1, far[:, None]) - z.amax(1, True)) / temperature).squeeze(1)
+    torch.testing.assert_close(beside[:, 1], distance, rtol=1e-3, atol=0)
+    assert torch.equal(beside[:, 0], out.logprob) or backend == "reference"
+    (grad,) = torch.autograd.grad(beside[:, 1].sum(), leaf)
+    slope = grad.gather(1, far[:, None]) * temperature
+    assert grad.isfinite().all() and (slope == 1).all()
+    both = rk.token_logprob_and_grad(logits, tokens, with_entropy=True, **options)
+    torch.testing.assert_close(both.entropy.double(), entropy, **tolerance)
+    assert both.grad_logits.isfinite().all() and (both.grad_logits[:, masked] == 0).all()
+
+
+@pytest.mark.parametrize("where", MASKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_finite_huge_mask_of_logprob_kl(device, backend, dtype, temperature, where):
+    """41. In both logits, or in the policy's alone."""
+    logits, masked, tokens = huge_masks(dtype, where, device)
+    open_ref = random(3, 4500, seed=1, device=device).to(dtype)
+    masked_ref = torch.where(masked, logits, open_ref)
+    p = (logits[:, ~masked].double() / temperature).log_softmax(-1)
+    for ref_logits in (masked_ref, open_ref):
+        q = ref_logits.double()
+        if ref_logits is masked_ref:
+            q = q.masked_fill(masked, -torch.inf)
+        q = (q / temperature).log_softmax(-1)[:, ~masked]
+        leaf = logits.clone().requires_grad_()
+        options: dict[str, Any] = {"temperature": temperature, "backend": backend}
+        out = rk.logprob_kl(leaf, ref_logits, tokens, **options)
+        expected = (p[:, -1], q[:, -1], (p.exp() * (p - q)).sum(-1), -(p.exp() * p).sum(-1))
+        for got, truth in zip(out, expected, strict=True):
+            torch.testing.assert_close(got.double(), truth, rtol=3e-6, atol=3e-6)
+        for result in (out.logprob, out.kl, out.entropy):
+            (grad,) = torch.autograd.grad(result.sum(), leaf, retain_graph=True)
+            assert grad.isfinite().all() and (grad[:, masked] == 0).all()

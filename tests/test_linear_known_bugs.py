@@ -260,3 +260,103 @@ def test_logits_only_for_loss_tokens(device, backend, monkeypatch):
     )
     loss.backward()
     assert rows == [3, 3]
+
+
+def both_ways(hidden, weight, bias, tokens, of_entropy=0.0, **options):
+    """(logprob, entropy or None, gradients of logprob + of_entropy entropy) by either function."""
+    found = []
+
+    def total(logprob, entropy):
+        return logprob.sum() + (of_entropy * entropy.sum() if of_entropy else 0.0)
+
+    for one_sweep in (False, True):
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
+        h, w, b = leaves
+        if one_sweep:
+            seen = []
+
+            def loss_fn(logprob, entropy, seen=seen):
+                seen.append((logprob, entropy))
+                return total(logprob, entropy), None
+
+            loss, _ = linear_token_loss(h, w, tokens, loss_fn, bias=b, **options)
+            logprob, entropy = seen[0]
+        else:
+            out = linear_logprob(h, w, tokens, bias=b, **options)
+            logprob, entropy = out if isinstance(out, tuple) else (out, None)
+            loss = total(logprob, entropy)
+        loss.backward()
+        found.append((logprob, entropy, [x.grad for x in leaves]))
+    return found
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_log_p_near_one(device, backend, dtype, with_entropy):
+    """49. log p of a likely token, and 1 - p in the gradients, are 0 where -1e-12 is right. The
+    logits are exact in all dtypes."""
+    if backend == "reference":
+        pytest.skip("only compiled backends promise it: the reference is plain PyTorch")
+    low = dtype == torch.bfloat16
+    hidden = torch.tensor([[0.25], [0.5], [0.75], [1.0]], dtype=dtype, device=device)
+    weight = -(torch.arange(67, device=device).remainder(8) / 4).to(dtype).unsqueeze(-1)
+    weight[41] = 40
+    tokens = torch.full((4,), 41, device=device)
+    bias = torch.zeros(67, dtype=dtype, device=device)
+    w = weight.double().cpu().flatten()
+    for scale, temperature in ((1.0, 1.0), (0.5, 0.25)):
+        beta = scale / temperature
+        if beta > 1:
+            hidden = hidden / 2
+        h = hidden.double().cpu()
+        d = h * (w - w[41]) * beta
+        e = d.exp().index_fill(1, torch.tensor([41]), 0.0)
+        rest = e.sum(1)
+        logprob, p = -rest.log1p(), e / (1 + rest[:, None])
+        entropy = rest.log1p() - (p * d).sum(1)
+        q = rest / (1 + rest)
+        grads = (beta * (p * (w[41] - w)).sum(1), beta * (q * h[:, 0]).sum(), beta * q.sum())
+        options = {"logit_scale": scale, "temperature": temperature, "backend": backend}
+        found = both_ways(hidden, weight, bias, tokens, with_entropy=with_entropy, **options)
+        for got, got_entropy, (dh, dw, db) in found:
+            torch.testing.assert_close(got.double().cpu(), logprob, rtol=1e-5, atol=0)
+            if with_entropy:
+                torch.testing.assert_close(got_entropy.double().cpu(), entropy, rtol=1e-5, atol=0)
+            for grad, truth in zip((dh[:, 0], dw[41, 0], db[41]), grads, strict=True):
+                rtol = 2**-6 if low else 1e-5
+                torch.testing.assert_close(grad.double().cpu(), truth, rtol=rtol, atol=0)
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize(
+    ("scale", "temperature", "softcap"), [(1.0, 0.4, None), (4.0, 1.0, None), (2.0, 0.5, 30.0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_finite_huge_mask(device, backend, dtype, scale, temperature, softcap, with_entropy):
+    """41. A bias of finfo.min: as without these rows of the weight; under a softcap -softcap."""
+    hidden, weight, tokens = inputs(5, 8, 100, dtype, device)
+    tokens = tokens.remainder(50)
+    bias = torch.zeros(100, dtype=dtype, device=device)
+    bias[50:] = torch.finfo(dtype).min
+    options = {"logit_scale": scale, "temperature": temperature, "softcap": softcap}
+    options |= {"with_entropy": with_entropy, "of_entropy": float(with_entropy)}
+    found = both_ways(hidden, weight, bias, tokens, backend=backend, **options)
+    kept = 100 if softcap else 50
+    rows = [x.double() for x in (hidden, weight[:kept], bias[:kept])]
+    truths = both_ways(*rows, tokens, backend="reference", **options)
+    low = dtype == torch.bfloat16
+    tolerance = {"rtol": 0.05, "atol": 0.05} if low else {"rtol": 1e-4, "atol": 1e-4}
+    for (logprob, entropy, grads), (truth, true_entropy, true_grads) in zip(
+        found, truths, strict=True
+    ):
+        torch.testing.assert_close(logprob.double(), truth, **tolerance)
+        if with_entropy:
+            torch.testing.assert_close(entropy.double(), true_entropy, **tolerance)
+        for grad, true_grad in zip(grads, true_grads, strict=True):
+            assert grad.isfinite().all()
+            if len(grad) == 100:
+                assert (grad[50:] == 0).all()
+                grad, true_grad = grad[:50], true_grad[:50]
+            torch.testing.assert_close(grad.double(), true_grad, **tolerance)

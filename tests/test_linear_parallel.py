@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import itertools
+import math
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -36,7 +37,7 @@ needs_processes = pytest.mark.skipif(
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    """What a case differs in; ``likely`` and ``banned`` change the inputs."""
+    """What a case differs in; ``likely``, ``banned`` and ``masked`` change the inputs."""
     generator = torch.Generator().manual_seed(7)
     warm = torch.rand(ROWS, generator=generator) + 0.5
     ignored = torch.randint(VOCAB, (ROWS,), generator=generator)
@@ -63,10 +64,11 @@ def cases() -> dict[str, dict[str, Any]]:
         "certain": {"likely": 12.0, "with_entropy": True, "chunk_tokens": 10},
         "banned shard": {"banned": slice(0, 10), "with_entropy": True},
         "banned tokens": {"banned": slice(5, 40), "with_entropy": True, "chunk_tokens": 6},
+        "a finite mask": {"masked": slice(0, 11), "with_entropy": True, "temperature": 0.4},
     }
 
 
-def inputs(dtype, likely=1.0, banned=None, bias=None, tokens=None, **options):
+def inputs(dtype, likely=1.0, banned=None, masked=None, bias=None, tokens=None, **options):
     """hidden, weight, bias of the whole vocabulary, and the keywords."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(ROWS, WIDTH, generator=generator) * likely
@@ -74,6 +76,10 @@ def inputs(dtype, likely=1.0, banned=None, bias=None, tokens=None, **options):
     offset = torch.randn(VOCAB, generator=generator) if bias else None
     if banned is not None:
         offset = torch.zeros(VOCAB).index_fill_(0, torch.arange(VOCAB)[banned], -torch.inf)
+    if masked is not None:
+        lowest = torch.finfo(dtype).min
+        offset = torch.zeros(VOCAB, dtype=dtype)
+        offset[masked] = lowest
     if tokens is None:
         tokens = torch.randint(VOCAB, (ROWS,), generator=generator)
         if likely != 1:
@@ -81,6 +87,8 @@ def inputs(dtype, likely=1.0, banned=None, bias=None, tokens=None, **options):
         if banned is not None:
             tokens[1:] = tokens[1:].clamp(min=41)  # and one that may be banned
             tokens[0] = 7
+        if masked is not None:
+            tokens = tokens.clamp(min=masked.stop)
     leaves = [x if x is None else x.to(dtype) for x in (hidden, weight, offset)]
     return leaves, {"tokens": tokens, **options}
 
@@ -143,6 +151,40 @@ def check_case(name: str, dtype: torch.dtype, one_sweep: bool, own: slice) -> No
     for key, others in everywhere.items():  # the same bits
         for x in others:
             torch.testing.assert_close(x, got[key], rtol=0, atol=0, equal_nan=True)
+
+
+def check_near_one(own: slice) -> None:
+    """49 of test_known_bugs.py: log p of -1e-12, whichever rank holds the token; the logits are
+    exact. Maxima on two ranks are two tokens."""
+    hidden = torch.tensor([[0.5], [0.75], [1.0]]).requires_grad_()
+    tokens = torch.tensor([1, 1, 1])
+    for token in (0, 9, 10, 11, 29, 30, 66):
+        weight = -(torch.arange(VOCAB).remainder(8) / 4).unsqueeze(-1)
+        weight[token] = 40
+        w, h = weight.double().flatten(), hidden.detach().double()
+        d = h * (w - w[token])
+        e = d.exp().index_fill(1, torch.tensor([token]), 0.0)
+        rest = e.sum(1)
+        p = e / (1 + rest[:, None])
+        entropy = rest.log1p() - (p * d).sum(1)
+        mine = weight[own].clone().requires_grad_()
+        options = {"with_entropy": True, "process_group": dist.group.WORLD}
+        out = linear_logprob(hidden, mine, tokens.fill_(token), **options)
+        torch.testing.assert_close(out.logprob.double(), -rest.log1p(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(out.entropy.double(), entropy, rtol=1e-5, atol=0)
+        grads = torch.autograd.grad(out.logprob.sum(), (hidden, mine))
+        truth = (p * (w[token] - w)).sum(1, keepdim=True)
+        torch.testing.assert_close(grads[0].double(), truth, rtol=1e-5, atol=0)
+        if own.start <= token < own.stop:
+            truth = (rest / (1 + rest) * h[:, 0]).sum()
+            got = grads[1][token - own.start, 0]
+            torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=0)
+    for others in ((66,), (1, 66)):
+        weight = torch.full((VOCAB, 1), -40.0)
+        weight[[0, *others]] = 0.0
+        out = linear_logprob(hidden, weight[own], tokens.fill_(0), process_group=dist.group.WORLD)
+        expected = torch.full_like(out, -math.log(1 + len(others)))
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 
 
 def check_errors(rank: int, world: int, own: slice) -> None:
@@ -311,6 +353,7 @@ def run_rank(rank: int, world: int, store: str) -> None:
                 check_case(name, dtype, one_sweep, own)
             except AssertionError as error:
                 failures.append(str(error))
+    check_near_one(own)
     check_errors(rank, world, own)
     check_the_rest(world, own)
     check_fsdp(rank)

@@ -95,6 +95,45 @@ def test_logprob_kl_of_equal_logits_is_zero(device, backend):
         assert (out.kl >= 0).all()
 
 
+def test_logprob_kl_where_a_probability_underflows(device, backend):
+    """p is 0 in float32, and so is its term, also where q is 0: in a block of its own, in the block
+    of the maximum, and where p was larger before the maximum came."""
+    for vocab, banned in ((3, 1), (5000, 1), (5000, 4999), (5000, 2000)):
+        logits = torch.full((1, vocab), -300.0, device=device)
+        ref_logits = torch.zeros(1, vocab, device=device)
+        logits[0, [0, 2]] = torch.tensor([0.0, -1.0], device=device)
+        ref_logits[0, banned] = -torch.inf
+        p = logits.double().softmax(-1)[0, [0, 2]]
+        q = ref_logits.double().log_softmax(-1)[0, [0, 2]]
+        expected = (p * (p.log() - q)).sum().item()
+        for flip in (False, True):
+            pair = [x.flip(-1) if flip else x for x in (logits, ref_logits)]
+            leaf = pair[0].clone().requires_grad_()
+            token = torch.tensor([vocab - 1 if flip else 0], device=device)
+            out = logprob_kl(leaf, pair[1], token, backend=backend)
+            assert out.kl.item() == pytest.approx(expected, rel=1e-5)
+            (out.kl + out.entropy).sum().backward()
+            assert leaf.grad.isfinite().all()
+
+
+def test_logprob_kl_of_a_mask_in_the_reference_alone(backend):
+    """The distance of a finite mask overflows once it is scaled; its share of the KL does not."""
+    if backend != "cpu":
+        pytest.skip("the plain formula overflows as well")
+    for place in (0, 2500, 4999):
+        logits = torch.zeros(1, 5000)
+        logits[0, place] = -10.0
+        ref_logits = torch.zeros(1, 5000)
+        ref_logits[0, place] = torch.finfo(torch.float32).min
+        leaf = logits.requires_grad_()
+        token = torch.tensor([7])
+        out = logprob_kl(leaf, ref_logits, token, temperature=0.5, backend=backend)
+        p = (logits.detach().double() / 0.5).softmax(-1)[0, place].item()
+        assert out.kl.item() == pytest.approx(-2 * p * torch.finfo(torch.float32).min, rel=1e-5)
+        out.kl.sum().backward()
+        assert not leaf.grad.isnan().any()
+
+
 def test_logprob_kl_is_batch_invariant(device, backend):
     if backend == "reference":
         pytest.skip("the reference is batch invariant to rounding only")

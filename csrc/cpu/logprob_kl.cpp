@@ -24,73 +24,81 @@ namespace RK_SIMD {
 
 struct KlSums {
   Softmax policy, reference;
-  double cross;  // sum e^s (s - s_ref)
+  double cross;  // sum e^s (d - d_ref), times the scale: sum e^s (s - s_ref)
 };
 
-template <class T>
-static KlSums kl_block(const T* z, const T* ref, int64_t size, double shift, double ref_shift,
+template <bool kOwn, bool kRefOwn, class T>
+static KlSums kl_block(const T* z, const T* ref, int64_t size, double base, double ref_base,
                        double scale) {
   using V = typename Compute<T>::V;
   BlockSums<V> acc[kUnroll], ref_acc[kUnroll];
   V cross[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) {
-    acc[u] = ref_acc[u] = {splat<V>(-__builtin_inf()), splat<V>(0), splat<V>(0)};
-    cross[u] = splat<V>(0);
-  }
+  for (V& c : cross) c = splat<V>(0);
   for_each_vector<V>(size, [&](int u, int64_t i, int n) RK_INLINE {
-    V s, ref_s;
-    const V unit = splat<V>(scale);
-    const V e = softmax_step<true>(load_logits(z + i, n), splat<V>(shift), unit, &s, &acc[u]);
-    softmax_step<false>(load_logits(ref + i, n), splat<V>(ref_shift), unit, &ref_s, &ref_acc[u]);
+    const V x = load_logits(z + i, n), y = load_logits(ref + i, n), unit = splat<V>(scale);
+    const V d = x - splat<V>(base), ref_d = y - splat<V>(ref_base), apart = d - ref_d;
+    const V e = softmax_step<true, kOwn>(x, d, unit, &acc[u]);
+    softmax_step<false, kRefOwn>(y, ref_d, unit, &ref_acc[u]);
     // p = 0: the term is 0, also where the reference has probability 0 too (inf - inf).
-    cross[u] = cross[u] + select(e == splat<V>(0), splat<V>(0), e * (s - ref_s));
+    cross[u] = cross[u] + select(e == splat<V>(0), splat<V>(0), e * apart);
   });
-  KlSums out{collect(acc), collect(ref_acc), 0};
+  KlSums out{collect<kOwn>(acc), collect<kRefOwn>(ref_acc), 0};
   for (const V& c : cross) out.cross += sum_lanes(c);
   return out;
 }
 
-// Moves the two points that `sums` are relative to from (shift, ref_shift) to (to, ref_to).
-static KlSums move(KlSums sums, double shift, double ref_shift, double to, double ref_to,
+template <class T>
+static KlSums kl_block(const T* z, const T* ref, int64_t size, Base base, Base ref_base,
+                       double scale) {
+  const auto block = base.own
+                         ? (ref_base.own ? kl_block<true, true, T> : kl_block<true, false, T>)
+                         : (ref_base.own ? kl_block<false, true, T> : kl_block<false, false, T>);
+  return block(z, ref, size, base.at, ref_base.at, scale);
+}
+
+// What `cross` of elements with the sum `sum` is when their two bases move from `base` and
+// `ref_base` to `to` and `ref_to`. 0 where p of all of them becomes 0, in the range of A.
+template <class A>
+static double move(double cross, double sum, double base, double ref_base, double to, double ref_to,
                    double scale) {
-  const double up = (shift - to) * scale, ref_up = (ref_shift - ref_to) * scale;
-  sums.cross = (sums.cross + (up - ref_up) * sums.policy.sum) * ::exp(up);
-  sums.policy.max = shift;
-  sums.reference.max = ref_shift;
-  sums.policy = rescale(sums.policy, to, scale);
-  sums.reference = rescale(sums.reference, ref_to, scale);
-  return sums;
+  constexpr double kLeast = sizeof(A) == 4 ? __FLT_MIN__ : __DBL_MIN__;
+  const double factor = ::exp(distance(base, to, scale));
+  if (factor < kLeast || sum == 0) return 0;
+  return cross * factor + ((base - to) - (ref_base - ref_to)) * (sum * factor);
 }
 
 static double finite_or(double x, double otherwise) {
   return x == -__builtin_inf() ? otherwise : x;
 }
 
+template <class A>
+static KlSums with_block(const KlSums& row, const KlSums& block, Base base, Base ref_base,
+                         double scale) {
+  KlSums out{with_block(row.policy, block.policy, base, scale),
+             with_block(row.reference, block.reference, ref_base, scale), 0};
+  const double to = finite_or(out.policy.max, base.at);
+  const double ref_to = finite_or(out.reference.max, ref_base.at);
+  out.cross =
+      move<A>(row.cross, sum_of(row.policy), finite_or(row.policy.max, to),
+              finite_or(row.reference.max, ref_to), to, ref_to, scale) +
+      move<A>(block.cross, block.policy.rest + base.own, base.at, ref_base.at, to, ref_to, scale);
+  return out;
+}
+
 template <class T>
 static KlSums kl_row(const T* z, const T* ref, int64_t vocab, double scale) {
-  constexpr double kLowest = -__builtin_inf();
-  KlSums row{{kLowest, 0, 0}, {kLowest, 0, 0}, 0};
+  KlSums row{kNoElements, kNoElements, 0};
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const int64_t size = vocab - start < kBlock ? vocab - start : kBlock;
-    double shift = block_shift(row.policy, z + start, size);
-    double ref_shift = block_shift(row.reference, ref + start, size);
-    KlSums block = kl_block(z + start, ref + start, size, shift, ref_shift, scale);
-    const bool grew = (block.policy.max - shift) * scale > kMaxGrowth;
-    const bool ref_grew = (block.reference.max - ref_shift) * scale > kMaxGrowth;
-    if (grew || ref_grew) {
-      if (grew) shift = block.policy.max;
-      if (ref_grew) ref_shift = block.reference.max;
-      block = kl_block(z + start, ref + start, size, shift, ref_shift, scale);
-    }
-    const double top = max(block.policy.max, row.policy.max);
-    const double ref_top = max(block.reference.max, row.reference.max);
-    const double to = finite_or(top, shift), ref_to = finite_or(ref_top, ref_shift);
-    block = move(block, shift, ref_shift, to, ref_to, scale);
-    row = move(row, finite_or(row.policy.max, to), finite_or(row.reference.max, ref_to), to, ref_to,
-               scale);
-    row = {{top, row.policy.sum + block.policy.sum, row.policy.dot + block.policy.dot},
-           {ref_top, row.reference.sum + block.reference.sum, 0},
-           row.cross + block.cross};
+    Base base = first_base(row.policy, z + start, size);
+    Base ref_base = first_base(row.reference, ref + start, size);
+    KlSums block = kl_block(z + start, ref + start, size, base, ref_base, scale);
+    const bool again = outgrown(row.policy, block.policy, base, scale);
+    const bool ref_again = outgrown(row.reference, block.reference, ref_base, scale);
+    if (again) base = {block.policy.max, true};
+    if (ref_again) ref_base = {block.reference.max, true};
+    if (again || ref_again) block = kl_block(z + start, ref + start, size, base, ref_base, scale);
+    row = with_block<typename Compute<T>::Scalar>(row, block, base, ref_base, scale);
   }
   return row;
 }
@@ -108,22 +116,23 @@ static void forward(const LogprobKlArgs& a, int64_t begin, int64_t end) {
                        RK_INLINE { static_cast<A*>(to)[row] = A(x); };
   for (int64_t row = begin; row < end; ++row) {
     const int64_t token = a.tokens[row];
-    KlSums k{{0, 1, 0}, {0, 1, 0}, 0};
-    double logprob = 0, ref_logprob = 0;
+    KlSums k{{0, 0, 0}, {0, 0, 0}, 0};
+    double logprob = 0, ref_logprob = 0, scale = 1;
     if (token != a.ignore_index) {  // an ignored row is not read
       const T* z = static_cast<const T*>(a.logits) + row_offset(a.logit_rows, row);
       const T* ref = static_cast<const T*>(a.ref_logits) + row_offset(a.ref_rows, row);
-      const double scale = scale_of<A>(a, row);
+      scale = scale_of<A>(a, row);
       k = kl_row(z, ref, a.vocab, scale);
-      logprob = (double(to_float(z[token])) - k.policy.max) * scale - ::log(k.policy.sum);
+      logprob = (double(to_float(z[token])) - k.policy.max) * scale - log_sum_of(k.policy);
       ref_logprob =
-          (double(to_float(ref[token])) - k.reference.max) * scale - ::log(k.reference.sum);
+          (double(to_float(ref[token])) - k.reference.max) * scale - log_sum_of(k.reference);
     }
-    const double log_sum = ::log(k.policy.sum), ref_log_sum = ::log(k.reference.sum);
+    const double log_sum = log_sum_of(k.policy), ref_log_sum = log_sum_of(k.reference);
     put(a.logprob, row, logprob);
     put(a.ref_logprob, row, ref_logprob);
     put(a.kl, row,
-        at_least(k.cross / k.policy.sum - log_sum + ref_log_sum, 0.0));  // but for rounding
+        at_least(k.cross / sum_of(k.policy) * scale - log_sum + ref_log_sum,
+                 0.0));  // but for rounding
     put(a.entropy, row, entropy_of(k.policy, log_sum));
     put(a.row_max, row, k.policy.max);
     put(a.log_sum, row, log_sum);

@@ -13,30 +13,48 @@ inline constexpr int kUnroll = 4;
 // A maximum that grows by more than this within a block makes float32 lose range: do the block
 // again.
 inline constexpr double kMaxGrowth = 16;
+// From this sum on its maximum, a 1, can be subtracted: no digit gets lost.
+inline constexpr double kFlat = 4;
+
+// What the sums of a block are relative to: the maximum before it (0 while all is -inf), or its own
+// maximum, of which one is then left out of the sum.
+struct Base {
+  double at;
+  bool own;
+};
 
 template <class V>
 struct BlockSums {
-  V max, sum, dot;
+  V max = splat<V>(-__builtin_inf()), sum = splat<V>(0), dot = splat<V>(0), tops = splat<V>(0);
 };
 
-template <bool kDot, class V>
-RK_HD V softmax_step(V z, V shift, V scale, V* s, BlockSums<V>* acc) {
-  *s = (z - shift) * scale;
-  const V e = exp_flush(*s);
+// Of a vector of logits z, d above the base. kOwn: elements at the base are counted, not added.
+template <bool kDot, bool kOwn, class V>
+RK_HD V softmax_step(V z, V d, V scale, BlockSums<V>* acc) {
+  const V s = d * scale, e = exp_flush(s), zero = splat<V>(0);
   acc->max = max(z, acc->max);
-  acc->sum = acc->sum + e;
-  if constexpr (kDot) acc->dot = fma(e, at_least(*s, -1000.0), acc->dot);  // e = 0: the term is 0
+  if constexpr (kOwn) {
+    const auto top = d == zero;
+    acc->sum = acc->sum + select(top, zero, e);
+    acc->tops = acc->tops + select(top, splat<V>(1), zero);
+  } else {
+    acc->sum = acc->sum + e;
+  }
+  if constexpr (kDot) acc->dot = fma(e, at_least(s, -1000.0), acc->dot);  // e = 0: the term is 0
   return e;
 }
 
-template <class V>
+template <bool kOwn, class V>
 RK_HD Softmax collect(const BlockSums<V>* acc) {
   Softmax out{-__builtin_inf(), 0, 0};
+  double tops = 0;
   for (int u = 0; u < kUnroll; ++u) {
     out.max = max(double(max_lanes(acc[u].max)), out.max);
-    out.sum += sum_lanes(acc[u].sum);
+    out.rest += sum_lanes(acc[u].sum);
     out.dot += sum_lanes(acc[u].dot);
+    tops += sum_lanes(acc[u].tops);
   }
+  if (kOwn) out.rest += tops - 1;
   return out;
 }
 
@@ -55,17 +73,16 @@ RK_HD typename Compute<T>::V load_logits(const T* z, int n) {
   return n == lanes<typename Compute<T>::V> ? load(z) : load(z, n, -__builtin_inf());
 }
 
-// Sums over n elements relative to `shift`, and their largest element; a NaN ends up in the sum.
-template <bool kDot, class T>
-static Softmax softmax_block(const T* z, int64_t size, double shift, double scale) {
+// Sums over n elements relative to the base, and their largest element; a NaN ends up in the sum.
+template <bool kDot, bool kOwn, class T>
+static Softmax softmax_block(const T* z, int64_t size, double base, double scale) {
   using V = typename Compute<T>::V;
   BlockSums<V> acc[kUnroll];
-  for (auto& a : acc) a = {splat<V>(-__builtin_inf()), splat<V>(0), splat<V>(0)};
   for_each_vector<V>(size, [&](int u, int64_t i, int n) RK_INLINE {
-    V s;
-    softmax_step<kDot>(load_logits(z + i, n), splat<V>(shift), splat<V>(scale), &s, &acc[u]);
+    const V x = load_logits(z + i, n);
+    softmax_step<kDot, kOwn>(x, x - splat<V>(base), splat<V>(scale), &acc[u]);
   });
-  return collect(acc);
+  return collect<kOwn>(acc);
 }
 
 template <class T>
@@ -80,37 +97,47 @@ static double max_block(const T* z, int64_t size) {
   return out;
 }
 
-// What the sums of the next block are taken relative to: the largest element so far; of the first
-// block its own; 0 while all is -inf (every term is then e^-inf = 0).
+// Of the first block with a finite element its own maximum, else the one so far.
 template <class T>
-static double block_shift(const Softmax& row, const T* block, int64_t size) {
-  const double shift = row.max == -__builtin_inf() ? max_block(block, size) : row.max;
-  return shift == -__builtin_inf() ? 0 : shift;
+static Base first_base(const Softmax& row, const T* block, int64_t size) {
+  if (row.max != -__builtin_inf()) return {row.max, false};
+  const double top = max_block(block, size);
+  return top == -__builtin_inf() ? Base{0, false} : Base{top, true};
 }
 
-// Adds the block's sums, which are relative to `shift`, to the row's.
-static inline Softmax merge(Softmax row, Softmax block, double shift, double scale) {
-  const double top = max(block.max, row.max);
-  block.max = shift;
-  if (top > shift) block = rescale(block, top, scale);
-  if (top > row.max && row.max != -__builtin_inf()) row = rescale(row, top, scale);
-  return {top, row.sum + block.sum, row.dot + block.dot};
+// Is the block to be taken again, relative to its own maximum? It is where that has grown, unless
+// by little in a row that is flat: then the old base will do.
+static inline bool outgrown(const Softmax& row, const Softmax& block, Base base, double scale) {
+  if (base.own || !(block.max > row.max)) return false;
+  const double growth = (block.max - base.at) * scale;
+  return growth > kMaxGrowth || !((sum_of(row) + block.rest) * ::exp(-growth) >= kFlat);
 }
 
-// One read of the row: the sums of a block are taken relative to the maximum before it, rescaled
-// when the maximum grows, and taken again (from the cache) when it grows by more than kMaxGrowth.
+// The row with one more block.
+static inline Softmax with_block(Softmax row, const Softmax& block, Base base, double scale) {
+  if (base.own) row = raise(row, base.at, scale);
+  row.rest += block.rest;
+  row.dot += block.dot;
+  if (!(block.max > row.max)) return row;
+  row = raise(row, block.max, scale);  // flat: the maximum is among the sum
+  row.rest -= 1;
+  return row;
+}
+
+// One read of the row: the sums of a block are taken relative to the maximum before it, and again
+// (from the cache) where the block has outgrown it.
 template <bool kDot, class T>
 static Softmax softmax_row(const T* z, int64_t vocab, double scale) {
-  Softmax row{-__builtin_inf(), 0, 0};
+  Softmax row = kNoElements;
   for (int64_t start = 0; start < vocab; start += kBlock) {
+    const T* at = z + start;
     const int64_t size = vocab - start < kBlock ? vocab - start : kBlock;
-    double shift = block_shift(row, z + start, size);
-    Softmax block = softmax_block<kDot>(z + start, size, shift, scale);
-    if ((block.max - shift) * scale > kMaxGrowth) {
-      shift = block.max;
-      block = softmax_block<kDot>(z + start, size, shift, scale);
-    }
-    row = merge(row, block, shift, scale);
+    Base base = first_base(row, at, size);
+    Softmax block{};
+    if (!base.own) block = softmax_block<kDot, false>(at, size, base.at, scale);
+    if (outgrown(row, block, base, scale)) base = {block.max, true};
+    if (base.own) block = softmax_block<kDot, true>(at, size, base.at, scale);
+    row = with_block(row, block, base, scale);
   }
   return row;
 }

@@ -34,14 +34,14 @@ static void forward(const TokenLogprobArgs& a, int64_t begin, int64_t end) {
     A* logprob = static_cast<A*>(a.logprob) + row * a.per_row;
     bool used = false;
     for (int64_t k = 0; k < a.per_row; ++k) used |= tokens[k] != a.ignore_index;
-    Softmax s{0, 1, 0};
+    Softmax s{0, 0, 0};
     double log_sum = 0, scale = 1;
     const T* z = static_cast<const T*>(a.logits) + row_offset(a.logit_rows, row);
     if (used) {  // an ignored row is not read
       scale = 1 / (a.temperature ? double(static_cast<const A*>(a.temperature)[row])
                                  : a.temperature_value);
       s = a.entropy ? softmax_row<true>(z, a.vocab, scale) : softmax_row<false>(z, a.vocab, scale);
-      log_sum = ::log(s.sum);
+      log_sum = log_sum_of(s);
     }
     for (int64_t k = 0; k < a.per_row; ++k)
       logprob[k] = tokens[k] == a.ignore_index

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
     reduce_block<kEntropy>(s, scale, scratch);
     if (a.parts > 1) {
       A* partial = static_cast<A*>(a.partial) + work * 3;
-      if (thread_index() == 0) partial[0] = s.max, partial[1] = s.sum, partial[2] = s.dot;
+      if (thread_index() == 0) partial[0] = s.max, partial[1] = s.rest, partial[2] = s.dot;
     } else if (warp_index() == 0) {
       write_row<T>(a, row, used, in_nats(s));
     }

@@ -36,29 +36,35 @@ inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 // 2^x is 0 below: bounds exponents that are multiplied by it.
 inline constexpr double kNothing = -2000;
 
-// Of x = (z - max) scale log2 e: sum = sum 2^x, dot = sum x 2^x. Relative to 0 while max is -inf.
+// Of x = (z - max) scale log2 e: rest = sum 2^x over all elements but one that is the maximum, dot
+// = sum x 2^x (see Softmax). Without an element the sum of all, 1 + rest, is 0.
 template <class A>
 struct Sums {
-  A max = -INFINITY, sum = 0, dot = 0;
+  A max = -INFINITY, rest = -1, dot = 0;
 };
 
-// The same sums relative to the maximum `to` >= max.
+// The same elements beside the maximum `to` > max, which is another element: rest is the sum over
+// all of them.
 template <class A>
 RK_D void raise(Sums<A>& s, A to, A scale) {
   const A d = s.max == -INFINITY ? A(0) : at_least((s.max - to) * scale, kNothing);
-  const A factor = exp2_flush(d);
-  s = {to, s.sum * factor, (s.dot + d * s.sum) * factor};
+  const A factor = exp2_flush(d), sum = 1 + s.rest;
+  s = {to, sum * factor, (s.dot + d * sum) * factor};
 }
 
 // The sums of a block from those of its threads. scratch: kWarp elements of shared memory.
 template <bool kEntropy, class A>
 RK_D void reduce_block(Sums<A>& s, A scale, A* scratch) {
-  raise(s, block_reduce<Max>(s.max, A(-INFINITY), scratch), scale);
-  s.sum = block_reduce<Sum>(s.sum, A(0), scratch);
+  const A top = block_reduce<Max>(s.max, A(-INFINITY), scratch);
+  const bool has_top = !(top > s.max);
+  if (!has_top) raise(s, top, scale);
+  const A tops = block_reduce<Sum>(A(has_top), A(0), scratch);
+  s.rest = block_reduce<Sum>(s.rest, A(0), scratch) + (tops - 1);
   if constexpr (kEntropy) s.dot = block_reduce<Sum>(s.dot, A(0), scratch);
 }
 
-// One exponential an element: the maximum of all that is held comes first.
+// One exponential an element: the maximum of all that is held comes first. Elements at the maximum
+// are counted, not added, so that one can be left out.
 template <bool kEntropy, class A, int kCount>
 RK_D void add_tile(const A (&z)[kHeld][kCount], A scale, Sums<A>& s) {
   A top[kHeld], sum[kHeld] = {}, dot[kHeld] = {};
@@ -69,31 +75,36 @@ RK_D void add_tile(const A (&z)[kHeld][kCount], A scale, Sums<A>& s) {
     for (int i = 1; i < kCount; ++i) top[j] = larger(top[j], z[j][i]);
   }
   const A most = larger(larger(top[0], top[1]), larger(top[2], top[3]));
-  if (most > s.max) raise(s, most, scale);
+  int tops = 0;
+  if (most > s.max) {
+    raise(s, most, scale);
+    tops = -1;
+  }
   const A shift = s.max == -INFINITY ? A(0) : s.max;
 #pragma unroll
   for (int j = 0; j < kHeld; ++j)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const A x = (z[j][i] - shift) * scale, e = exp2_flush(x);
-      sum[j] += e;
+      const A d = z[j][i] - shift, x = d * scale, e = exp2_flush(x);
+      const bool at_top = d == 0;  // not at a maximum of inf: there the sum is NaN
+      sum[j] += at_top ? A(0) : e;
+      tops += at_top;
       if constexpr (kEntropy) dot[j] = fma(e, at_least(x, kNothing), dot[j]);
     }
-  s.sum += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  s.rest += ((sum[0] + sum[1]) + (sum[2] + sum[3])) + A(tops);
   s.dot += (dot[0] + dot[1]) + (dot[2] + dot[3]);
 }
 
 template <class A>
 RK_D Softmax in_nats(const Sums<A>& s) {
-  return {double(s.max), double(s.sum), double(s.dot) * kLn2};
+  return {double(s.max), double(s.rest), double(s.dot) * kLn2};
 }
 
 // The sums of a row from those of its parts, in order; part(i): the sums of part i.
 template <class A, class Part>
 RK_D Softmax join_parts(int64_t parts, double scale, const Part& part) {
-  if (parts == 1) return in_nats<A>(part(0));
-  Softmax s{-INFINITY, 0, 0};
-  for (int64_t i = 0; i < parts; ++i) s = merge(s, in_nats<A>(part(i)), scale);
+  Softmax s = in_nats<A>(part(0));
+  for (int64_t i = 1; i < parts; ++i) s = merge(s, in_nats<A>(part(i)), scale);
   return s;
 }
 
@@ -127,8 +138,8 @@ template <class T>
 RK_D void write_row(const TokenLogprobArgs& a, int64_t row, bool used, const Softmax& sums) {
   using A = typename Compute<T>::Scalar;
   const T* z = static_cast<const T*>(a.logits) + row_offset(a.logit_rows, row);
-  const Softmax s = used ? sums : Softmax{0, 1, 0};
-  const double log_sum = ::log(s.sum), scale = scale_of<A>(a, row);
+  const Softmax s = used ? sums : Softmax{0, 0, 0};
+  const double log_sum = log_sum_of(s), scale = scale_of<A>(a, row);
   for (int64_t k = lane_index(); k < a.per_row; k += kWarp) {
     const int64_t i = row * a.per_row + k, token = a.tokens[i];
     const double logit = in_vocab(a, token) && token != a.ignore_index ? to_float(z[token]) : 0;

@@ -120,11 +120,11 @@ __global__ void __launch_bounds__(kThreads, kResident<T>)
         const Softmax sums = join_parts<A>(a.parts, u.scale, [&](int64_t i) {
           return *remote(slots + i % a.each, static_cast<int>(i / a.each));
         });
-        if (lane_index() == 0) *found = {sums, ::log(sums.sum)};
+        if (lane_index() == 0) *found = {sums, log_sum_of(sums)};
       }
       sync_block();
     }
-    const Softmax sums = u.used ? found->sums : Softmax{0, 1, 0};
+    const Softmax sums = u.used ? found->sums : Softmax{0, 0, 0};
     const double log_sum = u.used ? found->log_sum : 0;
     u.max = sums.max;
     u.log_sum = A(log_sum);

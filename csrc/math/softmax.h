@@ -4,34 +4,44 @@
 
 namespace rlhf_kernels {
 
-// Of s = (z - max) * scale: sum = sum e^s, dot = sum s e^s (where asked for).
-struct Softmax {
-  double max, sum, dot;
-};
-
-// The same sums relative to the maximum `to` >= max.
-RK_HD Softmax rescale(Softmax s, double to, double scale) {
-  const double d = (s.max - to) * scale, factor = exp(d);
-  return {to, s.sum * factor, (s.dot + d * s.sum) * factor};
-}
-
-// The sums of both, relative to the larger maximum. A part without a finite element has sums of 0
-// (or NaN, which has to stay).
-RK_HD Softmax merge(Softmax a, Softmax b, double scale) {
-  const double top = max(b.max, a.max);
-  if (top > a.max && a.max != -__builtin_inf()) a = rescale(a, top, scale);
-  if (top > b.max && b.max != -__builtin_inf()) b = rescale(b, top, scale);
-  return {top, a.sum + b.sum, a.dot + b.dot};
-}
-
-// H = log sum - sum p s
-RK_HD double entropy_of(Softmax s, double log_sum) { return log_sum - s.dot / s.sum; }
-
 // max(low, x) that keeps a NaN in x.
 template <class V>
 RK_HD V at_least(V x, double low) {
   return max(splat<V>(low), x);
 }
+
+// Of s = (z - max) * scale: rest = sum e^s over all elements but one that is the maximum, dot = sum
+// s e^s (where asked for). So log sum e^s = log1p(rest) is accurate relative to itself, and with it
+// log p and 1 - p of a maximum whose p is near 1. Without a finite element: kNoElements, or NaN.
+struct Softmax {
+  double max, rest, dot;
+};
+inline constexpr Softmax kNoElements{-__builtin_inf(), -1, 0};
+
+RK_HD double sum_of(Softmax s) { return 1 + s.rest; }
+RK_HD double log_sum_of(Softmax s) { return log1p(s.rest); }
+
+// (from - to) * scale for from <= to, at least -1000, where e^s is 0: the product of a finite mask
+// may overflow, and 0 * inf is NaN. 0 where nothing is at `from`.
+RK_HD double distance(double from, double to, double scale) {
+  return from == -__builtin_inf() ? 0 : at_least((from - to) * scale, -1000.0);
+}
+
+// The same elements as a part of a row with the maximum `to` >= max, which is another element: now
+// rest is the sum over all of them.
+RK_HD Softmax raise(Softmax s, double to, double scale) {
+  const double d = distance(s.max, to, scale), factor = exp(d), sum = sum_of(s);
+  return {to, sum * factor, (s.dot + d * sum) * factor};
+}
+
+// Two parts of a row as one. Equal maxima are two elements.
+RK_HD Softmax merge(Softmax a, Softmax b, double scale) {
+  const Softmax top = b.max > a.max ? b : a, low = raise(b.max > a.max ? a : b, top.max, scale);
+  return {top.max, top.rest + low.rest, top.dot + low.dot};
+}
+
+// H = log sum - sum p s
+RK_HD double entropy_of(Softmax s, double log_sum) { return log_sum - s.dot / sum_of(s); }
 
 // -p (G + h (log p + H)): gradient of a logit that is no target, before the temperature. G is the
 // sum of the upstream gradients of the row's log-probabilities, h the one of its entropy H. p = 0
