@@ -22,7 +22,10 @@ from rlhf_kernels import linear_chunks, softmax_triton, triton_common
 from rlhf_kernels.softmax_triton import (
     LN_2,
     LOG2_E,
+    log1p,
     merge,
+    rest_of_parts,
+    rest_step,
     softmax_step,
     temperature_of,
     to_common,
@@ -158,7 +161,7 @@ def linear_logprob_sums_kernel(
     bias,  # None: none
     tokens,
     scales,  # (rows,) log2(e) / temperature; None: the same for all
-    sums,  # (splits, 3, rows): maximum, sum, dot
+    sums,  # (splits, 3, rows): maximum, rest, dot
     picked,  # (rows, count): the tokens' logits
     hidden_stride: tl.int64,
     weight_stride: tl.int64,
@@ -194,7 +197,7 @@ def linear_logprob_sums_kernel(
     else:
         scale = tl.full([BLOCK_N], scale_value, tl.float32)
     top = tl.full([BLOCK_N], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_N], tl.float32)
+    rest = tl.full([BLOCK_N], -1.0, tl.float32)
     dot = tl.zeros([BLOCK_N], tl.float32)
     unit = tl.arange(0, BLOCK_V)
     size, units = vocab.to(tl.int32), width.to(tl.int32)
@@ -215,10 +218,12 @@ def linear_logprob_sums_kernel(
                 own = tl.where(hit, token - column, 0).to(tl.int32)
                 tl.store(picked + row * count + i, column_of(z, own), mask=here & hit)
         z = columns_before(z, size - column)
-        top, total, dot, _, _, _ = softmax_step(z, top, total, dot, scale, WITH_ENTROPY)
+        new, _, dot, _, e, down = softmax_step(z, top, 1.0 + rest, dot, scale, WITH_ENTROPY)
+        rest = rest_step(e, rest, down, new > top)
+        top = new
     part = sums + split * 3 * rows + row
     tl.store(part, top, mask=here)
-    tl.store(part + rows, total, mask=here)
+    tl.store(part + rows, rest, mask=here)
     tl.store(part + 2 * rows, dot, mask=here)
 
 
@@ -245,17 +250,18 @@ def linear_logprob_fwd_kernel(
     inverse = 1.0 / temperature_of(row, temperature, temperature_value)
     scale = inverse * LOG2_E
     top = tl.full([ROWS], -float("inf"), tl.float64)
-    total = tl.zeros([ROWS], tl.float64)
+    rest = tl.full([ROWS], -1.0, tl.float64)
     dot = tl.zeros([ROWS], tl.float64)
     for first in range(0, splits, PARTS):
         split = (first + tl.arange(0, PARTS))[:, None]
         part, inside = sums + split * 3 * rows + row[None, :], split < splits
         part_top = tl.load(part, mask=inside, other=-float("inf")).to(tl.float64)
-        part_total = tl.load(part + rows, mask=inside, other=0.0).to(tl.float64)
+        part_rest = tl.load(part + rows, mask=inside, other=-1.0).to(tl.float64)
         part_dot = tl.load(part + 2 * rows, mask=inside, other=0.0).to(tl.float64)
-        highest, total_sum, dot_sum, _ = to_common(part_top, part_total, part_dot, scale, True)
-        top, total, dot, _, _ = merge(top, total, dot, highest, total_sum, dot_sum, scale)
-    log_total = tl.log(total)
+        highest, total, dot_sum, _ = to_common(part_top, 1.0 + part_rest, part_dot, scale, True)
+        rest_sum = rest_of_parts(part_top, part_rest, highest, total)
+        top, rest, dot, _, _ = merge(top, rest, dot, highest, rest_sum, dot_sum, scale)
+    log_total = log1p(rest)
     seen = row < 0
     for i in range(count):
         token = tl.load(tokens + row * count + i)
@@ -266,7 +272,7 @@ def linear_logprob_fwd_kernel(
         tl.store(logprob + row * count + i, tl.where(scored, value, 0.0), mask=here)
         seen = seen | scored
     if entropy is not None:
-        h = log_total - dot / total * LN_2
+        h = log_total - dot / (1.0 + rest) * LN_2
         tl.store(entropy + row, tl.where(seen, h, 0.0), mask=here)
 
 

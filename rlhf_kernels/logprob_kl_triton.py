@@ -19,8 +19,11 @@ from rlhf_kernels.softmax_triton import (
     before,
     expm1,
     load_tile,
+    log1p,
     merge,
+    moved,
     places,
+    rest_of_lanes,
     row_start,
     softmax_step,
     temperature_of,
@@ -31,13 +34,6 @@ ROWS = 64  # of a program of the second kernel
 SCALARS = ["first", "inner", "outer_stride", "inner_stride"]
 SCALARS += ["ref_first", "ref_inner", "ref_outer_stride", "ref_inner_stride"]
 SCALARS += ["vocab", "chunks", "ignore_index", "temperature_value"]
-
-
-@triton.jit
-def move_cross(cross, total, down, ref_down):
-    """sum 2^s (s - ref_s) after s has moved by ``down`` and ref_s by ``ref_down``."""
-    factor = tl.exp2(down)  # 0: an infinite sum is forgotten, as p is 0
-    return tl.where(factor == 0.0, 0.0, (cross + (down - ref_down) * total) * factor)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -56,7 +52,7 @@ def logprob_kl_sums_kernel(
     ref_inner_stride: tl.int64,
     tokens,
     temperature,
-    sums,  # (rows, chunks, 6): maximum, sum, dot; reference's maximum, sum; cross
+    sums,  # (rows, chunks, 6): maximum, rest, dot; reference's maximum, rest; cross
     vocab: tl.int64,
     chunks: tl.int64,
     ignore_index: tl.int64,
@@ -93,15 +89,23 @@ def logprob_kl_sums_kernel(
             )
             # p = 0: the term is 0, also where the reference has probability 0 too (inf - inf)
             here = tl.sum(tl.where(e == 0.0, 0.0, e * (s - ref_s)), 1)
-            cross = move_cross(cross, earlier, down, ref_down) + here
-        highest, all_total, all_dot, down = to_common(top, total, dot, scale, True)
-        ref_highest, all_ref, _, ref_down = to_common(ref_top, ref_total, dot, scale, False)
-        all_cross = tl.sum(move_cross(cross, total, down, ref_down), 0)
+            cross = moved(cross, earlier, down - ref_down, tl.exp2(down)) + here
+        earlier = total
+        highest, total, all_dot, down = to_common(top, total, dot, scale, True)
+        ref_highest, ref_total, _, ref_down = to_common(ref_top, ref_total, dot, scale, False)
+        all_cross = tl.sum(moved(cross, earlier, down - ref_down, tl.exp2(down)), 0)
+        rest = rest_of_lanes(
+            logits + at, begin, size, top, highest, total, scale, TILE, G, CHUNK, TYPE
+        )
+        ref_at = ref_logits + ref_at
+        ref_rest = rest_of_lanes(
+            ref_at, begin, size, ref_top, ref_highest, ref_total, scale, TILE, G, CHUNK, TYPE
+        )
         tl.store(sums + program * 6, highest)
-        tl.store(sums + program * 6 + 1, all_total)
+        tl.store(sums + program * 6 + 1, rest)
         tl.store(sums + program * 6 + 2, all_dot)
         tl.store(sums + program * 6 + 3, ref_highest)
-        tl.store(sums + program * 6 + 4, all_ref)
+        tl.store(sums + program * 6 + 4, ref_rest)
         tl.store(sums + program * 6 + 5, all_cross)
 
 
@@ -149,22 +153,22 @@ def logprob_kl_fwd_kernel(
     inverse = 1.0 / temperature_of(row, temperature, temperature_value)
     scale = inverse * LOG2_E
     top = tl.full([ROWS], -float("inf"), tl.float64)
-    total, dot = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-    ref_top, ref_total, cross = top, total, dot
+    rest, dot = tl.full([ROWS], -1.0, tl.float64), tl.zeros([ROWS], tl.float64)
+    ref_top, ref_rest, cross = top, rest, dot
     for chunk in range(chunks):
         part = sums + (row * chunks + chunk) * 6
-        p_top, p_total = tl.load(part).to(tl.float64), tl.load(part + 1).to(tl.float64)
+        p_top, p_rest = tl.load(part).to(tl.float64), tl.load(part + 1).to(tl.float64)
         p_dot, p_cross = tl.load(part + 2).to(tl.float64), tl.load(part + 5).to(tl.float64)
-        r_top, r_total = tl.load(part + 3).to(tl.float64), tl.load(part + 4).to(tl.float64)
-        earlier = total
-        top, total, dot, down, p_down = merge(top, total, dot, p_top, p_total, p_dot, scale)
-        ref_top, ref_total, _, ref_down, r_down = merge(
-            ref_top, ref_total, dot, r_top, r_total, p_dot, scale
+        r_top, r_rest = tl.load(part + 3).to(tl.float64), tl.load(part + 4).to(tl.float64)
+        earlier = 1.0 + rest
+        top, rest, dot, down, p_down = merge(top, rest, dot, p_top, p_rest, p_dot, scale)
+        ref_top, ref_rest, _, ref_down, r_down = merge(
+            ref_top, ref_rest, dot, r_top, r_rest, p_dot, scale
         )
-        cross = move_cross(cross, earlier, down, ref_down)
-        cross += move_cross(p_cross, p_total, p_down, r_down)
-    log_total, ref_log_total = tl.log(total), tl.log(ref_total)
-    divergence = cross / total * LN_2 - log_total + ref_log_total
+        cross = moved(cross, earlier, down - ref_down, tl.exp2(down))
+        cross += moved(p_cross, 1.0 + p_rest, p_down - r_down, tl.exp2(p_down))
+    log_total, ref_log_total = log1p(rest), log1p(ref_rest)
+    divergence = cross / (1.0 + rest) * LN_2 - log_total + ref_log_total
     divergence = tl.where(divergence < 0.0, 0.0, divergence)  # but for rounding
     token = tl.load(tokens + row)
     scored = token != ignore_index
@@ -176,7 +180,8 @@ def logprob_kl_fwd_kernel(
     tl.store(logprob + row, tl.where(scored, value, 0.0), mask=here)
     tl.store(ref_logprob + row, tl.where(scored, ref_value, 0.0), mask=here)
     tl.store(kl + row, tl.where(scored, divergence, 0.0), mask=here)
-    tl.store(entropy + row, tl.where(scored, log_total - dot / total * LN_2, 0.0), mask=here)
+    h = log_total - dot / (1.0 + rest) * LN_2
+    tl.store(entropy + row, tl.where(scored, h, 0.0), mask=here)
     tl.store(row_max + row, tl.where(scored, top, 0.0), mask=here)
     tl.store(log_sum + row, tl.where(scored, log_total, 0.0), mask=here)
     tl.store(ref_row_max + row, tl.where(scored, ref_top, 0.0), mask=here)

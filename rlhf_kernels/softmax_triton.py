@@ -5,6 +5,11 @@ own to the end: nothing waits inside the loop. A row is cut into chunks of CHUNK
 each, so that few rows still fill a GPU; float64 puts the chunks together. Which lane and chunk a
 column belongs to depends on the column alone: a row's sums have the same bits in every batch.
 
+Of a row's total 1 belongs to its maximum. Where that is nearly all, what counts is the rest, which
+a float32 total would lose: log p = -log1p(rest). So a part of a row hands over the rest, which is
+total - 1 with all its digits, and -1 where the part has no finite logit. Lanes keep totals, as that
+is cheaper: the one lane that holds the maximum is read again (``rest_of_lanes``).
+
 Exponents are powers of 2: s = (z - max) * log2(e) / temperature. The maximum is subtracted before
 the product is taken: at an offset of 1e4 a fused multiply-add would lose the digits that matter.
 """
@@ -121,6 +126,15 @@ def before(column, end, TILE: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
+def moved(dot, total, down, factor):
+    """sum w 2^s after w has moved by ``down`` and s by log2 of ``factor``; total = sum 2^s.
+
+    Where nothing is left it is 0: a finite maximum may be so low that its distance is infinite.
+    """
+    return tl.where(total * factor == 0.0, 0.0, (dot + total * down) * factor)
+
+
+@triton.jit
 def softmax_step(z, top, total, dot, scale, WITH_DOT: tl.constexpr):
     """Add a tile to the sums of the lanes: total = sum 2^s, dot = sum s 2^s, s relative to top.
 
@@ -134,32 +148,89 @@ def softmax_step(z, top, total, dot, scale, WITH_DOT: tl.constexpr):
     down = tl.where(top == -float("inf"), 0.0, (top - base) * scale)
     factor = tl.exp2(down)
     if WITH_DOT:  # 2^s = 0: the term is 0
-        dot = (dot + total * down) * factor + tl.sum(e * tl.maximum(s, -1000.0), 1)
+        dot = moved(dot, total, down, factor) + tl.sum(e * tl.maximum(s, -1000.0), 1)
     total = total * factor + tl.sum(e, 1)
     return new, total, dot, s, e, down
 
 
 @triton.jit
+def all_but_one(e):
+    """The sum of e <= 1 over the last axis but for one 1, if there is any, with all its digits."""
+    total = tl.sum(e, -1)
+    return tl.where(total >= 2.0, total - 1.0, tl.sum(tl.where(e == 1.0, 0.0, e), -1))
+
+
+@triton.jit
+def rest_step(e, rest, down, grown):
+    """Add a tile's e = 2^s to the rest; ``grown``: where it has a new maximum, which is left out.
+
+    ``down``: by how much s of earlier tiles has moved.
+    """
+    return tl.where(grown, (1.0 + rest) * tl.exp2(down) + all_but_one(e), rest + tl.sum(e, 1))
+
+
+@triton.jit
 def to_common(top, total, dot, scale, WITH_DOT: tl.constexpr):
-    """The sums of the lanes relative to one maximum; and by how much s has moved."""
+    """Parts relative to one maximum: that, their totals, their dots' sum; how much s has moved."""
     highest = tl.max(top, 0)
     base = tl.where(highest == -float("inf"), 0.0, highest)
     down = tl.where(top == -float("inf"), 0.0, (top - base) * scale)
     factor = tl.exp2(down)
-    all_dot = tl.sum((dot + total * down) * factor, 0) if WITH_DOT else 0.0
-    return highest, tl.sum(total * factor, 0), all_dot, down
+    all_dot = tl.sum(moved(dot, total, down, factor), 0) if WITH_DOT else 0.0
+    return highest, total * factor, all_dot, down
 
 
 @triton.jit
-def merge(top, total, dot, other_top, other_total, other_dot, scale):
+def rest_of_parts(top, rest, highest, total):
+    """The rest of them all; ``total``: relative to ``highest``."""
+    leads = top == highest
+    others = tl.sum(leads.to(rest.dtype), 0) - 1.0  # each has a maximum of its own
+    return tl.sum(tl.where(leads, rest, total), 0) + others
+
+
+@triton.jit
+def rest_of_lanes(
+    row,
+    begin,
+    end,
+    top,
+    highest,
+    total,
+    scale,
+    TILE: tl.constexpr,
+    G: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """The rest of a chunk, whose columns are from ``begin`` on and before ``end``.
+
+    ``total`` of the lanes is relative to ``highest``. A lane that holds the maximum is read again:
+    its CHUNK / TILE groups are in a cache yet. ``row`` points to column 0.
+    """
+    lane = tl.argmax(top, 0)
+    i = tl.arange(0, CHUNK // TILE * G)
+    column = begin + i // G * TILE + lane * G + i % G
+    z = tl.load(row + column, mask=column < end, other=-float("inf")).to(TYPE)
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    rest = all_but_one(tl.exp2((z - base) * scale))
+    rest += tl.sum(tl.where(tl.arange(0, TILE // G) == lane, 0.0, total), 0)
+    return rest - tl.where(highest == -float("inf"), 1.0, 0.0)
+
+
+@triton.jit
+def merge(top, rest, dot, other_top, other_rest, other_dot, scale):
     """The sums of two parts of a row, in float64; and by how much s of each has moved."""
     highest = tl.maximum(top, other_top)
     base = tl.where(highest == -float("inf"), 0.0, highest)
     down = tl.where(top == -float("inf"), 0.0, (top - base) * scale)
     other_down = tl.where(other_top == -float("inf"), 0.0, (other_top - base) * scale)
     factor, other_factor = tl.exp2(down), tl.exp2(other_down)
-    dot = (dot + total * down) * factor + (other_dot + other_total * other_down) * other_factor
-    return highest, total * factor + other_total * other_factor, dot, down, other_down
+    total, other_total = 1.0 + rest, 1.0 + other_rest
+    dot = moved(dot, total, down, factor) + moved(other_dot, other_total, other_down, other_factor)
+    rest = tl.where(
+        top >= other_top, rest + other_total * other_factor, other_rest + total * factor
+    )
+    return highest, rest, dot, down, other_down
 
 
 @triton.jit
@@ -179,3 +250,10 @@ def expm1(x, exp_x):
     for n in tl.static_range(14, 1, -1):
         series = 1.0 + series * (x / n)
     return tl.where(x > -0.5, x * series, exp_x - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x): the logarithm of the rounded sum, times what the rounding has changed."""
+    total = 1.0 + x
+    return tl.where(total == 1.0, x, tl.log(total) * (x / (total - 1.0)))

@@ -19,8 +19,10 @@ from rlhf_kernels.softmax_triton import (
     before,
     expm1,
     load_tile,
+    log1p,
     merge,
     places,
+    rest_of_lanes,
     row_start,
     softmax_step,
     temperature_of,
@@ -53,7 +55,7 @@ def token_logprob_sums_kernel(
     inner_stride: tl.int64,
     tokens,
     temperature,
-    sums,  # (rows, chunks, 3): maximum, sum, dot
+    sums,  # (rows, chunks, 3): maximum, rest, dot
     vocab: tl.int64,
     chunks: tl.int64,
     count: tl.int64,
@@ -81,9 +83,12 @@ def token_logprob_sums_kernel(
         for column in range(begin, tl.minimum(begin + CHUNK, size), TILE):
             z = load_tile(logits + at, column, size, TILE, G, ALIGNED, TYPE)
             top, total, dot, _, _, _ = softmax_step(z, top, total, dot, scale, WITH_ENTROPY)
-        highest, total_sum, dot_sum, _ = to_common(top, total, dot, scale, WITH_ENTROPY)
+        highest, total, dot_sum, _ = to_common(top, total, dot, scale, WITH_ENTROPY)
+        rest = rest_of_lanes(
+            logits + at, begin, size, top, highest, total, scale, TILE, G, CHUNK, TYPE
+        )
         tl.store(sums + program * 3, highest)
-        tl.store(sums + program * 3 + 1, total_sum)
+        tl.store(sums + program * 3 + 1, rest)
         tl.store(sums + program * 3 + 2, dot_sum)
 
 
@@ -115,16 +120,16 @@ def token_logprob_fwd_kernel(
     row = tl.where(here, row, 0)
     inverse = 1.0 / temperature_of(row, temperature, temperature_value)
     top = tl.full([ROWS], -float("inf"), tl.float64)
-    total = tl.zeros([ROWS], tl.float64)
+    rest = tl.full([ROWS], -1.0, tl.float64)
     dot = tl.zeros([ROWS], tl.float64)
     for chunk in range(chunks):
         part = sums + (row * chunks + chunk) * 3
-        part_top, part_total = tl.load(part).to(tl.float64), tl.load(part + 1).to(tl.float64)
+        part_top, part_rest = tl.load(part).to(tl.float64), tl.load(part + 1).to(tl.float64)
         part_dot = tl.load(part + 2).to(tl.float64)
-        top, total, dot, _, _ = merge(
-            top, total, dot, part_top, part_total, part_dot, inverse * LOG2_E
+        top, rest, dot, _, _ = merge(
+            top, rest, dot, part_top, part_rest, part_dot, inverse * LOG2_E
         )
-    log_total = tl.log(total)
+    log_total = log1p(rest)
     at = row_start(row, first, offsets, inner, outer_stride, inner_stride)
     seen = row < 0
     for i in range(count):
@@ -138,7 +143,7 @@ def token_logprob_fwd_kernel(
     tl.store(row_max + row, tl.where(seen, top, 0.0), mask=here)
     tl.store(log_sum + row, tl.where(seen, log_total, 0.0), mask=here)
     if entropy is not None:
-        h = log_total - dot / total * LN_2
+        h = log_total - dot / (1.0 + rest) * LN_2
         tl.store(entropy + row, tl.where(seen, h, 0.0), mask=here)
 
 
