@@ -13,17 +13,22 @@ from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
+from rlhf_kernels.stats import merge, merge_from_zero
 
 
 class RewardStats(NamedTuple):
-    """Sums over pairs, each a float64 tensor of one element; ``+`` merges two of them."""
+    """Sums over pairs, each a float64 tensor of one element; ``+`` merges two of them.
+
+    A pair of equal scores is in pair_count alone: a model that scores all the same is never right.
+    """
 
     pair_count: Tensor
     correct_count: Tensor  # the better completion has the strictly higher score
     margin_sum: Tensor  # score of the better completion minus that of the worse
+    unpaired_count: Tensor  # prompts without a pair of different ranks, which the loss leaves out
 
-    def __add__(self, other: RewardStats) -> RewardStats:  # type: ignore[override]
-        return RewardStats(*(a + b for a, b in zip(self, other, strict=True)))
+    __add__ = merge  # type: ignore[assignment]
+    __radd__ = merge_from_zero
 
     @property
     def accuracy(self) -> Tensor:
@@ -65,7 +70,8 @@ def pairwise_reward_loss(
     Returns:
         loss: one number, float32 (float64 if an input is float64), differentiable with respect to
             chosen and rejected; 0 without pairs.
-        stats: ``RewardStats``; accuracy is chosen > rejected, the margin left out.
+        stats: ``RewardStats``; accuracy is chosen > rejected, the margin left out, and
+            unpaired_count 0.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, before anything is computed.
@@ -94,7 +100,7 @@ def pairwise_reward_loss(
     if backend == "reference":
         return pairwise_reward_loss_reference(*arguments)
     loss, *stats = _PairwiseRewardLoss.apply(backend, *arguments)
-    return loss, RewardStats(*stats)
+    return loss, RewardStats(*stats, torch.zeros_like(stats[0]))
 
 
 def _expand_margin(margin: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,17 +129,18 @@ def pairwise_reward_loss_reference(
     loss = loss + center_coef * (chosen + rejected) ** 2
     apart = difference.detach().double()
     pairs = torch.ones_like(apart).sum()
-    stats = RewardStats(pairs, (apart > 0).sum().double(), apart.sum())
+    correct = (apart > 0).sum().double()
+    stats = RewardStats(pairs, correct, apart.sum(), torch.zeros_like(pairs))
     return loss.sum() / max(apart.numel(), 1), stats
 
 
 def _forward_fake(chosen, rejected, margin, margin_value, center_coef, smoothing, with_grad):
     grad = chosen.new_empty(chosen.shape if with_grad else (0,))
-    return chosen.new_empty(()), *fake_stats(chosen), grad, torch.empty_like(grad)
+    return chosen.new_empty(()), *fake_stats(chosen, 3), grad, torch.empty_like(grad)
 
 
-def fake_stats(like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty((), dtype=torch.float64) for _ in RewardStats._fields)
+def fake_stats(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty((), dtype=torch.float64) for _ in range(count))
 
 
 # Forward: read 2N (3N with a margin), write the 2N gradients of the loss when they are wanted.

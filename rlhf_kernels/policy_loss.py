@@ -15,6 +15,7 @@ from rlhf_kernels.aggregation import Reduction
 from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.kl_estimate import KINDS, kl_estimate_reference
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
+from rlhf_kernels.stats import merge, merge_from_zero
 
 OBJECTIVES = ("ppo", "cispo", "reinforce")  # the order of enum Objective in csrc/math/policy.h
 RATIO_LEVELS = ("token", "sequence")
@@ -32,9 +33,8 @@ class PolicyStats(NamedTuple):
     ratio_sum: Tensor
     ratio_max: Tensor
 
-    def __add__(self, other: PolicyStats) -> PolicyStats:  # type: ignore[override]
-        sums = [a + b for a, b in zip(self[:4], other[:4], strict=True)]
-        return PolicyStats._make([*sums, torch.maximum(self.ratio_max, other.ratio_max)])
+    __add__ = merge  # type: ignore[assignment]
+    __radd__ = merge_from_zero
 
     @property
     def clip_frac(self) -> Tensor:

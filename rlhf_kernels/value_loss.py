@@ -14,6 +14,7 @@ from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
 from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
+from rlhf_kernels.stats import merge, merge_from_zero
 
 
 class ValueStats(NamedTuple):
@@ -32,8 +33,8 @@ class ValueStats(NamedTuple):
     return_sum: Tensor
     return_square_sum: Tensor
 
-    def __add__(self, other: ValueStats) -> ValueStats:  # type: ignore[override]
-        return ValueStats(*(a + b for a, b in zip(self, other, strict=True)))
+    __add__ = merge  # type: ignore[assignment]
+    __radd__ = merge_from_zero
 
     @property
     def clip_frac(self) -> Tensor:

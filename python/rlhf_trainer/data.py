@@ -222,7 +222,7 @@ def _ranking(row: dict[str, Any], where: str) -> Ranking:
             raise ValueError(
                 f"ranks[{k}]: expected a number that float32 holds, got {reprlib.repr(rank)}"
             )
-    return Ranking(Prompt.at(prompt, where), tuple(completions), tuple(map(float, ranks)))
+    return Ranking(Prompt.at(prompt, where), tuple(completions), tuple(ranks))
 
 
 def _messages(row: dict[str, Any]) -> Messages:
