@@ -58,7 +58,7 @@ def masked_whiten(
     if chosen == "reference":
         return masked_whiten_reference(x, mask, shift_mean, unbiased, eps, process_group)
     whitened: Tensor = _MaskedWhiten.apply(
-        chosen, x, mask, shift_mean, unbiased, float(eps), process_group
+        chosen, x, mask.detach(), shift_mean, unbiased, float(eps), process_group
     )
     return whitened
 
@@ -80,7 +80,7 @@ def masked_whiten_reference(
     ).unbind()
     variance = squares / (count - int(unbiased)).clamp(min=1.0)
     whitened = deviation * torch.rsqrt(variance + eps)
-    return whitened if shift_mean else torch.where(valid, whitened + mean, 0.0)
+    return torch.where(valid, whitened if shift_mean else whitened + mean, 0.0)
 
 
 # sums = (sum of x, count) comes from masked_mean_fwd. Forward: read N three times (sum, squares,

@@ -171,7 +171,7 @@ class _PairwiseRewardLoss(torch.autograd.Function):
         loss, *stats, grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_fwd(
             *arguments, with_grad
         )
-        ctx.save_for_backward(grad_chosen, grad_rejected)
+        ctx.save_for_backward(loss, grad_chosen, grad_rejected)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return loss, *stats
@@ -181,7 +181,8 @@ class _PairwiseRewardLoss(torch.autograd.Function):
     def backward(ctx: Any, grad, *_):
         if grad is None:
             return (None,) * 7
-        grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_bwd(grad, *ctx.saved_tensors)
+        _, *saved = ctx.saved_tensors
+        grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_bwd(grad, *saved)
         need, need_rejected = ctx.needs_input_grad[1:3]
         return (
             None,

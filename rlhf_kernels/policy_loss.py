@@ -12,7 +12,7 @@ from rlhf_kernels import aggregation as _aggregation
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
-from rlhf_kernels.autograd import once_differentiable
+from rlhf_kernels.autograd import call_constant, once_differentiable, wants_gradient
 from rlhf_kernels.kl_estimate import KINDS, kl_estimate_reference
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
 from rlhf_kernels.stats import merge, merge_from_zero
@@ -199,12 +199,11 @@ def policy_loss(
     constants = (*tensors, *reduction, *options, coefs)
     if chosen == "reference":
         loss, stats = policy_loss_reference(logprob, entropy, *tensors, reduction, options)
-    elif torch.is_grad_enabled() and _wants_gradient(logprob, entropy):
+    elif wants_gradient(logprob, entropy):
         loss, stats = _PolicyLoss.apply(chosen, logprob, entropy, constants)
     else:
-        loss, stats, _, _ = _backend.operators[chosen].policy_loss_fwd(
-            logprob, entropy, *constants, False, False
-        )
+        operator = _backend.operators[chosen].policy_loss_fwd
+        loss, stats, _, _ = call_constant(operator, logprob, entropy, *constants, False, False)
     return loss, PolicyStats(*stats.unbind()[:5])
 
 
@@ -223,10 +222,6 @@ def _check_term(name: str, x: Any, coef_name: str, coef: Any, logprob: Tensor) -
     if x is None:
         raise ValueError(f"{name}: expected a tensor with {coef_name}={coef}, got None")
     return x
-
-
-def _wants_gradient(logprob: Tensor, entropy: Tensor | None) -> bool:
-    return logprob.requires_grad or (entropy is not None and entropy.requires_grad)
 
 
 def policy_loss_reference(
@@ -338,7 +333,7 @@ class _PolicyLoss(torch.autograd.Function):
         loss, totals, *coefficients = ctx.ops.policy_loss_fwd(
             logprob, entropy, *constants, *ctx.needs_input_grad[1:3]
         )
-        ctx.save_for_backward(totals, *coefficients)
+        ctx.save_for_backward(loss, totals, *coefficients)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
         return loss, totals
@@ -348,7 +343,7 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad, _):
         grads: list[Tensor | None] = [None] * 4
         if grad is not None:
-            totals, *coefficients = ctx.saved_tensors
+            _, totals, *coefficients = ctx.saved_tensors
             for i, coefficient in enumerate(coefficients, start=1):
                 if ctx.needs_input_grad[i]:
                     grads[i] = ctx.ops.policy_loss_bwd(grad, totals, coefficient)

@@ -135,7 +135,7 @@ class _RankingRewardLoss(torch.autograd.Function):
         loss, *stats, grad_scores = ctx.ops.ranking_reward_loss_fwd(
             *arguments, ctx.needs_input_grad[1]
         )
-        ctx.save_for_backward(grad_scores)
+        ctx.save_for_backward(loss, grad_scores)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return loss, *stats
@@ -145,7 +145,7 @@ class _RankingRewardLoss(torch.autograd.Function):
     def backward(ctx: Any, grad, *_):
         if grad is None:
             return (None,) * 5
-        grad_scores = ctx.ops.ranking_reward_loss_bwd(grad, *ctx.saved_tensors)
+        grad_scores = ctx.ops.ranking_reward_loss_bwd(grad, *ctx.saved_tensors[1:])
         return None, grad_scores, None, None, None
 
 

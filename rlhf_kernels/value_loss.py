@@ -12,7 +12,7 @@ from rlhf_kernels import aggregation as _aggregation
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
-from rlhf_kernels.autograd import once_differentiable
+from rlhf_kernels.autograd import call_constant, once_differentiable, wants_gradient
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
 from rlhf_kernels.stats import merge, merge_from_zero
 
@@ -108,12 +108,12 @@ def value_loss(
     chosen = _backend.select("value_loss", values.device.type, backend)
     if chosen == "reference":
         loss, totals = value_loss_reference(values, old_values, returns, reduction, bound)
-    elif torch.is_grad_enabled() and values.requires_grad:
+    elif wants_gradient(values):
         loss, totals = _ValueLoss.apply(chosen, values, (old_values, returns, *reduction, bound))
     else:
-        loss, totals, _ = _backend.operators[chosen].value_loss_fwd(
-            values, old_values, returns, *reduction, bound, False
-        )
+        operator = _backend.operators[chosen].value_loss_fwd
+        constants = (old_values, returns, *reduction, bound)
+        loss, totals, _ = call_constant(operator, values, *constants, False)
     return loss, ValueStats(*totals.unbind()[:6])
 
 
@@ -175,7 +175,7 @@ class _ValueLoss(torch.autograd.Function):
     def forward(ctx: Any, backend, values, constants):  # in one tuple: autograd looks at each
         ctx.ops = _backend.operators[backend]
         loss, totals, coefficient = ctx.ops.value_loss_fwd(values, *constants, True)
-        ctx.save_for_backward(totals, coefficient)
+        ctx.save_for_backward(loss, totals, coefficient)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
         return loss, totals
@@ -185,7 +185,7 @@ class _ValueLoss(torch.autograd.Function):
     def backward(ctx: Any, grad, _):
         if grad is None:
             return None, None, None
-        return None, ctx.ops.value_loss_bwd(grad, *ctx.saved_tensors), None
+        return None, ctx.ops.value_loss_bwd(grad, *ctx.saved_tensors[1:]), None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:
