@@ -116,7 +116,7 @@ def linear_logprob(
     linear_parallel.check_backend(chosen, shard)
     if chosen == "reference":
         scale = head.temperature_value if head.temperature is None else head.temperature
-        z = linear_chunks.logits_reference(rows, head)
+        z = linear_chunks.logits_reference(rows, head, flat)
         logprob, entropy = token_logprob_reference(z, flat, scale, ignore_index)
     elif fast and shard is None and _fast_serves(rows, head, chosen, backend):
         logprob, entropy = _backend.operators["triton"].linear_logprob_fast(
