@@ -1,7 +1,7 @@
 """What autograd makes of every operator beyond a first gradient, driven by the OpSpecs.
 
 Second derivatives raise on compiled backends, and are right on the reference; constants give no
-result a gradient; ``inplace_backward`` makes a later use raise on every backend.
+result a gradient.
 """
 
 from __future__ import annotations
