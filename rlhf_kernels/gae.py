@@ -71,9 +71,12 @@ def gae(
         checks.floating("last_value", last_value, rewards.device)
         checks.shape("last_value", last_value, (sequences,), "for one value a sequence")
     chosen = _backend.select("gae", rewards.device.type, backend, rewards.dtype, rewards.shape[-1])
-    function = gae_reference if chosen == "reference" else _backend.operators[chosen].gae
-    arguments = (rewards, values, mask, cu_seqlens, last_value, float(gamma), float(lam))
-    return GAE(*call_constant(function, *arguments))
+    tensors = (rewards, values, mask, cu_seqlens, last_value)
+    if chosen == "reference":
+        factors = checks.graph_numbers(values, torch.float64, float(gamma), float(lam))
+        return GAE(*call_constant(gae_reference, *tensors, *factors))
+    factors, numbers = checks.separated(float(gamma), float(lam))
+    return GAE(*call_constant(_backend.call, chosen, "gae", numbers, *tensors, *factors))
 
 
 def check_sequences(name: str, x: Tensor, cu_seqlens: Tensor | None) -> int:

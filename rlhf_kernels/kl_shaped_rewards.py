@@ -69,16 +69,19 @@ def kl_shaped_rewards(
     chosen = _backend.select("kl_shaped_rewards", logprob.device.type, backend)
     tensors = (scores, logprob, ref_logprob, mask, cu_seqlens)
     clip = torch.inf if clip_score is None else float(clip_score)
-    coef = None
-    if chosen != "reference" and torch.compiler.is_compiling():
-        coef, kl_coef = checks.as_tensor(kl_coef, logprob, torch.float64), 0.0
     rewards: Tensor
     if chosen == "reference":
-        arguments = (*tensors, float(kl_coef), kl_kind, clip)
+        kl_coef, clip = checks.graph_numbers(logprob, torch.float64, float(kl_coef), clip)
+        arguments = (*tensors, kl_coef, kl_kind, clip)
         rewards = call_constant(kl_shaped_rewards_reference, *arguments)
     else:
-        numbers = (float(kl_coef), KINDS.index(kl_kind), clip, coef)
-        rewards = call_constant(_backend.operators[chosen].kl_shaped_rewards, *tensors, *numbers)
+        coef = None
+        if torch.compiler.is_compiling():
+            coef, kl_coef = checks.as_tensor(kl_coef, logprob, torch.float64), 0.0
+        (kl_coef, clip), numbers = checks.separated(float(kl_coef), clip)
+        options = (kl_coef, KINDS.index(kl_kind), clip, coef)
+        operator = (_backend.call, chosen, "kl_shaped_rewards")
+        rewards = call_constant(*operator, numbers, *tensors, *options)
     return rewards
 
 

@@ -27,8 +27,11 @@ class RewardStats(NamedTuple):
     margin_sum: Tensor  # score of the better completion minus that of the worse
     unpaired_count: Tensor  # prompts without a pair of different ranks, which the loss leaves out
 
-    __add__ = merge  # type: ignore[assignment]
-    __radd__ = merge_from_zero
+    def __add__(self, other: RewardStats) -> RewardStats:  # type: ignore[override]
+        return merge(self, other)
+
+    def __radd__(self, start: Any) -> RewardStats:
+        return merge_from_zero(self, start)
 
     @property
     def accuracy(self) -> Tensor:
@@ -89,18 +92,14 @@ def pairwise_reward_loss(
     elif margin is not None:
         checks.number("margin", margin)
         margin_value = float(margin)
-    arguments = (
-        chosen.to(dtype),
-        rejected.to(dtype),
-        margin_tensor,
-        margin_value,
-        float(center_coef),
-        float(label_smoothing),
-    )
+    tensors = (chosen.to(dtype), rejected.to(dtype), margin_tensor)
+    scalars = (margin_value, float(center_coef), float(label_smoothing))
     if backend == "reference":
-        return pairwise_reward_loss_reference(*arguments)
-    loss, *stats = _PairwiseRewardLoss.apply(backend, *arguments)
-    return loss, RewardStats(*stats, torch.zeros_like(stats[0]))
+        scalars = checks.graph_numbers(chosen, dtype, *scalars)
+        return pairwise_reward_loss_reference(*tensors, *scalars)
+    scalars, numbers = checks.separated(*scalars)
+    loss, *stats = _PairwiseRewardLoss.apply(backend, numbers, *tensors, *scalars)
+    return loss, RewardStats._make([*stats, torch.zeros_like(stats[0])])
 
 
 def _expand_margin(margin: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,11 +164,11 @@ _backend.define(
 
 class _PairwiseRewardLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, *arguments):
+    def forward(ctx: Any, backend, numbers, *arguments):
         ctx.ops = _backend.operators[backend]
-        with_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        loss, *stats, grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_fwd(
-            *arguments, with_grad
+        with_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        loss, *stats, grad_chosen, grad_rejected = _backend.call(
+            backend, "pairwise_reward_loss_fwd", numbers, *arguments, with_grad
         )
         ctx.save_for_backward(loss, grad_chosen, grad_rejected)
         ctx.mark_non_differentiable(*stats)
@@ -180,11 +179,12 @@ class _PairwiseRewardLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, *_):
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         _, *saved = ctx.saved_tensors
         grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_bwd(grad, *saved)
-        need, need_rejected = ctx.needs_input_grad[1:3]
+        need, need_rejected = ctx.needs_input_grad[2:4]
         return (
+            None,
             None,
             grad_chosen if need else None,
             grad_rejected if need_rejected else None,

@@ -66,9 +66,8 @@ def ranking_reward_loss(
     ranks = _comparable(ranks.detach())
     if chosen == "reference":
         return ranking_reward_loss_reference(scores, ranks, group_offsets, float(center_coef))
-    loss, *stats = _RankingRewardLoss.apply(
-        chosen, scores, ranks, group_offsets, float(center_coef)
-    )
+    (coef,), numbers = checks.separated(float(center_coef))
+    loss, *stats = _RankingRewardLoss.apply(chosen, numbers, scores, ranks, group_offsets, coef)
     return loss, RewardStats(*stats)
 
 
@@ -130,10 +129,10 @@ _backend.define(
 
 class _RankingRewardLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, *arguments):
+    def forward(ctx: Any, backend, numbers, *arguments):
         ctx.ops = _backend.operators[backend]
-        loss, *stats, grad_scores = ctx.ops.ranking_reward_loss_fwd(
-            *arguments, ctx.needs_input_grad[1]
+        loss, *stats, grad_scores = _backend.call(
+            backend, "ranking_reward_loss_fwd", numbers, *arguments, ctx.needs_input_grad[2]
         )
         ctx.save_for_backward(loss, grad_scores)
         ctx.mark_non_differentiable(*stats)
@@ -144,9 +143,9 @@ class _RankingRewardLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, *_):
         if grad is None:
-            return (None,) * 5
+            return (None,) * 6
         grad_scores = ctx.ops.ranking_reward_loss_bwd(grad, *ctx.saved_tensors[1:])
-        return None, grad_scores, None, None, None
+        return None, None, grad_scores, None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -171,7 +171,7 @@ def ranking_reward_loss_fwd(
     slopes = scores.new_empty(total, dtype=torch.float64) if with_grad else None
     factors = scores.new_empty(2, dtype=torch.float64)
     loss, grad = scores.new_empty(()), scores.new_empty(total if with_grad else 0)
-    stats = [scores.new_empty((), dtype=torch.float64) for _ in range(4)]
+    pairs, correct, apart, unpaired = (scores.new_empty((), dtype=torch.float64) for _ in range(4))
     triton_common.launch(
         ranking_reward_loss_fwd_kernel,
         programs,
@@ -187,7 +187,10 @@ def ranking_reward_loss_fwd(
         1,
         sums,
         loss,
-        *stats,
+        pairs,
+        correct,
+        apart,
+        unpaired,
         factors,
         groups,
         center_coef,
@@ -205,7 +208,7 @@ def ranking_reward_loss_fwd(
             total,
             TYPE=TYPE,
         )
-    return loss, *stats, grad
+    return loss, pairs, correct, apart, unpaired, grad
 
 
 def ranking_reward_loss_bwd(grad: Tensor, grad_scores: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def merge(one: Stats, other: Stats) -> Stats:
         TypeError: ``other`` has another type. A tuple would be put behind it without a word.
     """
     kind: Any = type(one)
-    if type(other) is not kind:
+    if not isinstance(other, kind):
         raise TypeError(
             f"+: expected a {kind.__name__} to add to a {kind.__name__}, got {type(other).__name__}"
         )

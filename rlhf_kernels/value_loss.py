@@ -33,8 +33,11 @@ class ValueStats(NamedTuple):
     return_sum: Tensor
     return_square_sum: Tensor
 
-    __add__ = merge  # type: ignore[assignment]
-    __radd__ = merge_from_zero
+    def __add__(self, other: ValueStats) -> ValueStats:  # type: ignore[override]
+        return merge(self, other)
+
+    def __radd__(self, start: Any) -> ValueStats:
+        return merge_from_zero(self, start)
 
     @property
     def clip_frac(self) -> Tensor:
@@ -107,13 +110,16 @@ def value_loss(
     bound = torch.inf if clip is None else float(clip)
     chosen = _backend.select("value_loss", values.device.type, backend)
     if chosen == "reference":
+        (bound,) = checks.graph_numbers(values, _dtype(values, old_values, returns), bound)
         loss, totals = value_loss_reference(values, old_values, returns, reduction, bound)
-    elif wants_gradient(values):
-        loss, totals = _ValueLoss.apply(chosen, values, (old_values, returns, *reduction, bound))
+        return loss, ValueStats(*totals.unbind()[:6])
+    (_, bound), numbers = checks.separated(reduction.normalizer_value, bound)
+    constants = (old_values, returns, *reduction, bound)
+    if wants_gradient(values):
+        loss, totals = _ValueLoss.apply(chosen, values, constants, numbers)
     else:
-        operator = _backend.operators[chosen].value_loss_fwd
-        constants = (old_values, returns, *reduction, bound)
-        loss, totals, _ = call_constant(operator, values, *constants, False)
+        arguments = (numbers, values, *constants, False)
+        loss, totals, _ = call_constant(_backend.call, chosen, "value_loss_fwd", *arguments)
     return loss, ValueStats(*totals.unbind()[:6])
 
 
@@ -172,9 +178,10 @@ _backend.define(
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, values, constants):  # in one tuple: autograd looks at each
+    def forward(ctx: Any, backend, values, constants, numbers):  # a tuple: autograd looks at each
         ctx.ops = _backend.operators[backend]
-        loss, totals, coefficient = ctx.ops.value_loss_fwd(values, *constants, True)
+        arguments = (numbers, values, *constants, True)
+        loss, totals, coefficient = _backend.call(backend, "value_loss_fwd", *arguments)
         ctx.save_for_backward(loss, totals, coefficient)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
@@ -184,8 +191,8 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, _):
         if grad is None:
-            return None, None, None
-        return None, ctx.ops.value_loss_bwd(grad, *ctx.saved_tensors[1:]), None
+            return (None,) * 4
+        return None, ctx.ops.value_loss_bwd(grad, *ctx.saved_tensors[1:]), None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -106,9 +106,7 @@ def test_what_stands_where_nothing_counts_reaches_nothing(spec, device, backend,
             continue
         inputs, nothing = found
         clean = results(spec, inputs, backend, nothing, 1.0)
-        dirty = results(
-            spec, poisoned(spec, inputs, nothing, garbage), backend, nothing, garbage
-        )
+        dirty = results(spec, poisoned(spec, inputs, nothing, garbage), backend, nothing, garbage)
         for (what, a), (_, b) in zip(clean, dirty, strict=True):
             if a is None:
                 assert b is None
