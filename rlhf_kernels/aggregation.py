@@ -102,15 +102,21 @@ def segment_sum(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sums over the sequences: of (B, T) over T; of packed (N,) by ``cu_seqlens``."""
     if cu_seqlens is None:
         return x.sum(-1)
-    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long())
+    sums = x.new_zeros(cu_seqlens.shape[0] - 1)
+    return sums.index_add(0, _sequences(x, cu_seqlens), x)  # segment_reduce: no second derivative
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The sequence of each token of packed x."""
+    tokens = torch.arange(x.shape[0], device=x.device)
+    return torch.searchsorted(cu_seqlens.long()[1:], tokens, right=True)
 
 
 def spread(per_sequence: Tensor, cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
     """Give each token the number of its sequence, in the shape of ``like``."""
     if cu_seqlens is None:
         return per_sequence.unsqueeze(-1).expand_as(like)
-    tokens = torch.arange(like.shape[0], device=like.device)
-    return per_sequence[torch.searchsorted(cu_seqlens.long()[1:], tokens, right=True)]
+    return per_sequence[_sequences(like, cu_seqlens)]
 
 
 def aggregate_reference(losses: Tensor, valid: Tensor, reduction: Reduction) -> Tensor:

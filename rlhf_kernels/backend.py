@@ -111,6 +111,7 @@ _warned: set[str] = set()
 _triton_modules: dict[str, str] = {}  # torch operator name -> module
 
 
+_NUMBERS = "_of_numbers"  # ends the name of an operator whose numbers are in a tensor
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
@@ -131,6 +132,7 @@ def define(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -> None:
         compiled = getattr(torch.ops.rlhf_kernels, name).default
         setattr(operators["cpu"], name, compiled)
         setattr(operators["cuda"], name, compiled)
+        _define_of_numbers("rlhf_kernels", name, schema, fake, ("cpu", "cuda"))
     define_triton(op, schemas)
     for backend, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -153,6 +155,42 @@ def define_triton(op: str, schemas: dict[str, tuple[str, Callable[..., Any]]]) -
             function = functools.partial(launch_triton, name)
             torch.library.impl(f"rlhf_kernels_triton::{name}", keys, function)
         setattr(operators["triton"], name, getattr(torch.ops.rlhf_kernels_triton, name).default)
+        _define_of_numbers("rlhf_kernels_triton", name, schema, fake, ("triton",))
+
+
+def _define_of_numbers(
+    namespace: str, name: str, schema: str, fake: Callable[..., Any], backends: tuple[str, ...]
+) -> None:
+    """The operator once more, with a float64 tensor behind its arguments: its ``float`` ones.
+
+    torch.compile makes a constant of a ``float`` argument, and a graph of its own for each value.
+    """
+    arguments, results = schema[1:].split(") -> ")
+    at = [i for i, x in enumerate(arguments.split(", ")) if x.startswith("float ")]
+    if not at or name.endswith("_"):
+        return
+    plain = getattr(getattr(torch.ops, namespace), name).default
+
+    def of_numbers(*args: Any) -> Any:
+        *given, numbers = args
+        for i, x in zip(at, numbers.tolist(), strict=True):
+            given[i] = x
+        return plain(*given)
+
+    full = f"{namespace}::{name}{_NUMBERS}"
+    torch.library.define(full, f"({arguments}, Tensor numbers) -> {results}", tags=_TAGS)
+    torch.library.register_fake(full, lambda *args: fake(*args[:-1]))
+    torch.library.impl(full, ("CPU", "CUDA"), of_numbers)
+    for backend in backends:
+        overload = getattr(getattr(torch.ops, namespace), name + _NUMBERS).default
+        setattr(operators[backend], name + _NUMBERS, overload)
+
+
+def call(backend: str, name: str, numbers: torch.Tensor | None, *args: Any) -> Any:
+    """Call a torch operator of ``backend``; ``numbers``, if any, are its float arguments."""
+    if numbers is None:
+        return getattr(operators[backend], name)(*args)
+    return getattr(operators[backend], name + _NUMBERS)(*args, numbers)
 
 
 def define_composed(
@@ -169,6 +207,10 @@ def define_composed(
         torch.library.define(f"rlhf_kernels::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"rlhf_kernels::{name}", fake)
         torch.library.impl(f"rlhf_kernels::{name}", ("CPU", "CUDA"), function)
+        backends = ("cpu", "triton", "cuda")
+        for backend in backends:
+            setattr(operators[backend], name, getattr(torch.ops.rlhf_kernels, name).default)
+        _define_of_numbers("rlhf_kernels", name, schema, fake, backends)
     follow(op, rows)
 
 

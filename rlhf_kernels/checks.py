@@ -85,6 +85,33 @@ def as_tensor(number: Any, like: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return like.new_ones((), dtype=dtype) * number
 
 
+def unfixed(*numbers: Any) -> bool:
+    """Whether torch.compile keeps one of the numbers symbolic, as it does once it has changed."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all([has_static_value(x) for x in numbers])
+
+
+def separated(*numbers: Any) -> tuple[tuple[Any, ...], torch.Tensor | None]:
+    """An operator's numbers, all of them, and None; or zeros, and the numbers for ``backend.call``.
+
+    The latter, float64 on the CPU, where one is symbolic.
+    """
+    if not unfixed(*numbers):
+        return numbers, None
+    whole = torch.stack([torch.ones((), dtype=torch.float64) * x for x in numbers])
+    return (0.0,) * len(numbers), whole
+
+
+def graph_numbers(like: torch.Tensor, dtype: torch.dtype, *numbers: Any) -> tuple[Any, ...]:
+    """Numbers for plain PyTorch: as they are, or all of them as tensors where one is symbolic."""
+    if not unfixed(*numbers):
+        return numbers
+    return tuple(as_tensor(x, like, dtype) for x in numbers)
+
+
 def choice(name: str, x: Any, options: Sequence[str]) -> None:
     if x not in options:
         raise ValueError(f"{name}: expected one of {', '.join(options)}, got {x!r}")

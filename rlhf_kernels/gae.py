@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
+from rlhf_kernels.autograd import call_constant
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample
 
 
@@ -69,12 +70,13 @@ def gae(
     if last_value is not None:
         checks.floating("last_value", last_value, rewards.device)
         checks.shape("last_value", last_value, (sequences,), "for one value a sequence")
-        last_value = last_value.detach()
     chosen = _backend.select("gae", rewards.device.type, backend, rewards.dtype, rewards.shape[-1])
-    function = gae_reference if chosen == "reference" else _backend.operators[chosen].gae
-    if rewards.requires_grad or values.requires_grad:
-        rewards, values = rewards.detach(), values.detach()
-    return GAE(*function(rewards, values, mask, cu_seqlens, last_value, float(gamma), float(lam)))
+    tensors = (rewards, values, mask, cu_seqlens, last_value)
+    if chosen == "reference":
+        factors = checks.graph_numbers(values, torch.float64, float(gamma), float(lam))
+        return GAE(*call_constant(gae_reference, *tensors, *factors))
+    factors, numbers = checks.separated(float(gamma), float(lam))
+    return GAE(*call_constant(_backend.call, chosen, "gae", numbers, *tensors, *factors))
 
 
 def check_sequences(name: str, x: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -57,9 +57,12 @@ def kl_estimate(
     dtype = checks.accumulation_dtype(logprob, ref_logprob)
     logprob, ref_logprob = logprob.to(dtype), ref_logprob.to(dtype)
     if chosen == "reference":
+        if clamp is not None:
+            (clamp,) = checks.graph_numbers(logprob, dtype, clamp)
         return kl_estimate_reference(logprob, ref_logprob, kind, clamp)
-    bound = torch.inf if clamp is None else float(clamp)
-    kl: Tensor = _KlEstimate.apply(chosen, logprob, ref_logprob, KINDS.index(kind), bound)
+    (bound,), numbers = checks.separated(torch.inf if clamp is None else float(clamp))
+    scalars = (KINDS.index(kind), bound)
+    kl: Tensor = _KlEstimate.apply(chosen, logprob, ref_logprob, *scalars, numbers)
     return kl
 
 
@@ -98,23 +101,25 @@ _backend.define(
 
 class _KlEstimate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, logprob, ref_logprob, kind, clamp):
-        ctx.ops = _backend.operators[backend]
-        ctx.save_for_backward(logprob, ref_logprob)
-        ctx.scalars = (kind, clamp)
+    def forward(ctx: Any, backend, logprob, ref_logprob, kind, clamp, numbers):
+        ctx.save_for_backward(logprob, ref_logprob, numbers)
+        ctx.scalars = (backend, kind, clamp)
         ctx.set_materialize_grads(False)
-        return ctx.ops.kl_estimate_fwd(logprob, ref_logprob, kind, clamp)
+        arguments = (numbers, logprob, ref_logprob, kind, clamp)
+        return _backend.call(backend, "kl_estimate_fwd", *arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
         if grad is None:
-            return (None,) * 5
+            return (None,) * 6
         need, need_ref = ctx.needs_input_grad[1:3]
-        grad_logprob, grad_ref = ctx.ops.kl_estimate_bwd(
-            grad, *ctx.saved_tensors, *ctx.scalars, need_ref
-        )
-        return None, grad_logprob if need else None, grad_ref if need_ref else None, None, None
+        logprob, ref_logprob, numbers = ctx.saved_tensors
+        backend, *scalars = ctx.scalars
+        arguments = (numbers, grad, logprob, ref_logprob, *scalars, need_ref)
+        grad_logprob, grad_ref = _backend.call(backend, "kl_estimate_bwd", *arguments)
+        grads = (grad_logprob if need else None, grad_ref if need_ref else None)
+        return None, *grads, None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
+from rlhf_kernels.autograd import call_constant
 from rlhf_kernels.gae import check_sequences, sequence_offsets
 from rlhf_kernels.kl_estimate import KINDS, kl_estimate_reference
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
@@ -66,16 +67,21 @@ def kl_shaped_rewards(
     if clip_score is not None:
         checks.number("clip_score", clip_score, 0.0, open_low=True)
     chosen = _backend.select("kl_shaped_rewards", logprob.device.type, backend)
-    tensors = (scores.detach(), logprob.detach(), ref_logprob.detach(), mask, cu_seqlens)
+    tensors = (scores, logprob, ref_logprob, mask, cu_seqlens)
     clip = torch.inf if clip_score is None else float(clip_score)
-    coef = None
-    if chosen != "reference" and torch.compiler.is_compiling():
-        coef, kl_coef = checks.as_tensor(kl_coef, logprob, torch.float64), 0.0
+    rewards: Tensor
     if chosen == "reference":
-        return kl_shaped_rewards_reference(*tensors, float(kl_coef), kl_kind, clip)
-    rewards: Tensor = _backend.operators[chosen].kl_shaped_rewards(
-        *tensors, float(kl_coef), KINDS.index(kl_kind), clip, coef
-    )
+        kl_coef, clip = checks.graph_numbers(logprob, torch.float64, float(kl_coef), clip)
+        arguments = (*tensors, kl_coef, kl_kind, clip)
+        rewards = call_constant(kl_shaped_rewards_reference, *arguments)
+    else:
+        coef = None
+        if torch.compiler.is_compiling():
+            coef, kl_coef = checks.as_tensor(kl_coef, logprob, torch.float64), 0.0
+        (kl_coef, clip), numbers = checks.separated(float(kl_coef), clip)
+        options = (kl_coef, KINDS.index(kl_kind), clip, coef)
+        operator = (_backend.call, chosen, "kl_shaped_rewards")
+        rewards = call_constant(*operator, numbers, *tensors, *options)
     return rewards
 
 

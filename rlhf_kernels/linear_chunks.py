@@ -142,8 +142,11 @@ def check_tokens(tokens: Tensor, ignore_index: int, vocab: int) -> None:
         check_range(tokens, tokens != ignore_index, vocab)
 
 
-def logits_reference(hidden: Tensor, head: Head) -> Tensor:
-    """The specification: all logits, but for the temperature."""
+def logits_reference(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
+    """The specification: all logits, but for the temperature; of zeros where nothing is scored."""
+    used = tokens != head.ignore_index
+    used = used.any(-1, keepdim=True) if used.dim() == 2 else used.unsqueeze(-1)
+    hidden = torch.where(used, hidden, 0.0)  # select: a NaN there reaches no product, dW is one
     z = torch.nn.functional.linear(hidden, head.weight, head.bias)  # 2 N V H
     z = z.to(_accumulation(hidden)) * head.logit_scale
     return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z

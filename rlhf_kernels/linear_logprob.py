@@ -116,7 +116,7 @@ def linear_logprob(
     linear_parallel.check_backend(chosen, shard)
     if chosen == "reference":
         scale = head.temperature_value if head.temperature is None else head.temperature
-        z = linear_chunks.logits_reference(rows, head)
+        z = linear_chunks.logits_reference(rows, head, flat)
         logprob, entropy = token_logprob_reference(z, flat, scale, ignore_index)
     elif fast and shard is None and _fast_serves(rows, head, chosen, backend):
         logprob, entropy = _backend.operators["triton"].linear_logprob_fast(
@@ -124,9 +124,10 @@ def linear_logprob(
         )
     else:
         apply = _LinearLogprob.apply if shard is None else _apply_sharded
+        scaling, numbers = checks.separated(*head[3:6])
         logprob, entropy = apply(
-            *(chosen, shard, rows, head.weight, head.bias, flat, *head[2:]),
-            *(chunk_tokens, with_entropy),
+            *(chosen, shard, numbers, rows, head.weight, head.bias, flat, head.temperature),
+            *(*scaling, ignore_index, chunk_tokens, with_entropy),
         )
     logprob = logprob.view(tokens.shape)
     if not with_entropy:
@@ -315,16 +316,18 @@ _backend.define_triton(
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, shard, hidden, weight, bias, tokens, temperature, *options):
+    def forward(
+        ctx: Any, backend, shard, numbers, hidden, weight, bias, tokens, temperature, *options
+    ):
         *scaling, chunk_tokens, with_entropy = options
         args = (hidden, weight, bias, tokens, temperature, *scaling, chunk_tokens)
         args += (with_entropy, backend)
         if shard is None:
-            results = torch.ops.rlhf_kernels.linear_logprob_fwd.default(*args)
+            results = _backend.call(backend, "linear_logprob_fwd", numbers, *args)
         else:  # an operator's schema has no process groups
             results = forward_sweep(*args, shard)
         logprob, entropy, *saved = results
-        ctx.save_for_backward(hidden, weight, bias, tokens, temperature, entropy, *saved)
+        ctx.save_for_backward(numbers, hidden, weight, bias, tokens, temperature, entropy, *saved)
         ctx.options = (*scaling, chunk_tokens)
         ctx.backend, ctx.shard = backend, shard
         ctx.set_materialize_grads(False)
@@ -333,18 +336,19 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprob, grad_entropy):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[2:5]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[3:6]
         if grad_logprob is None and grad_entropy is None:
-            return (None,) * 13
-        *inputs, entropy, row_max, log_sum = ctx.saved_tensors
+            return (None,) * 14
+        numbers, *inputs, entropy, row_max, log_sum = ctx.saved_tensors
         args = (grad_logprob, grad_entropy, *inputs, *ctx.options, entropy, row_max, log_sum)
         args += (need_hidden, need_weight, need_bias, ctx.backend)
         if ctx.shard is None:
-            grads = torch.ops.rlhf_kernels.linear_logprob_bwd.default(*args)
+            grads = _backend.call(ctx.backend, "linear_logprob_bwd", numbers, *args)
         else:
             grads = backward_sweep(*args, ctx.shard)
         grad_hidden, grad_weight, grad_bias = grads
         return (
+            None,
             None,
             None,
             grad_hidden if need_hidden else None,

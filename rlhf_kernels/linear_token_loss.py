@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks, linear_chunks, linear_parallel
-from rlhf_kernels.autograd import not_compiled, once_differentiable
+from rlhf_kernels.autograd import not_compiled, once_differentiable, wants_gradient
 from rlhf_kernels.linear_chunks import ADDED_ROWS, Head, take
 from rlhf_kernels.linear_parallel import Shard
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
@@ -56,7 +56,8 @@ def linear_token_loss(
     ``policy_loss``). A loss that looks at whole sequences goes through ``linear_logprob``.
 
     The gradients are computed here, and held until ``backward`` scales and returns them; so there
-    is one backward a call, and no gradient for what else ``loss_fn`` uses. For float16 inputs they
+    is one backward a call, and no gradient for what else ``loss_fn`` uses (``reference`` has both,
+    where hidden, weight or bias requires one). For float16 inputs they
     are held in float32, as the loss scale that keeps them in range comes with the backward; each
     chunk waits for the device there. Under ``no_grad`` only the logits are made. Where ``loss_fn``
     uses no entropy the row is read once: its gradient is written as onehot - p, and the loss's
@@ -112,11 +113,7 @@ def linear_token_loss(
     )
     linear_parallel.check_backend(chosen, shard)
     if chosen == "reference":
-        scale = head.temperature_value if head.temperature is None else head.temperature
-        z = linear_chunks.logits_reference(rows, head)
-        logprob, entropy = token_logprob_reference(z, flat, scale, ignore_index)
-        loss, stats = _call(loss_fn, logprob, entropy if with_entropy else None, vectors)
-        return loss, _added(None, stats)
+        return linear_token_loss_reference(rows, flat, head, loss_fn, vectors, with_entropy)
     return _run(chosen, rows, flat, head, loss_fn, vectors, with_entropy, chunk_tokens, shard)
 
 
@@ -148,6 +145,27 @@ def _call(
         shape = tuple(result[0].shape)
         raise ValueError(f"loss_fn: expected it to return a loss without dimensions, got {shape}")
     return result
+
+
+def linear_token_loss_reference(
+    hidden: Tensor,
+    tokens: Tensor,
+    head: Head,
+    loss_fn: LossFn,
+    vectors: dict[str, Tensor],
+    with_entropy: bool,
+) -> tuple[Tensor, Any]:
+    """The specification: plain PyTorch, differentiated by plain autograd; all tokens at once."""
+    need = torch.is_grad_enabled() and wants_gradient(hidden, head.weight, head.bias)
+    index = linear_chunks.used_tokens(tokens, head.ignore_index)
+    h, some, temperature = take(hidden, index), take(tokens, index), take(head.temperature, index)
+    scale = head.temperature_value if temperature is None else temperature
+    vectors = {name: take(x, index) for name, x in vectors.items()}
+    with torch.set_grad_enabled(need):  # the loss has no gradient for the sake of a constant
+        z = linear_chunks.logits_reference(h, head, some)
+        logprob, entropy = token_logprob_reference(z, some, scale, head.ignore_index)
+        loss, stats = _call(loss_fn, logprob, entropy if with_entropy else None, vectors)
+    return loss, _added(None, stats)
 
 
 @not_compiled
@@ -287,6 +305,7 @@ class _LinearTokenLoss(torch.autograd.Function):
     def forward(ctx: Any, sweep, hidden, weight, bias):
         loss, grads = sweep(*ctx.needs_input_grad[1:])
         ctx.grads = grads
+        ctx.save_for_backward(loss)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return loss
 

@@ -46,7 +46,7 @@ def masked_mean(
     if chosen == "reference":
         return masked_mean_reference(x, mask, process_group)
     mean: Tensor = _MaskedMean.apply(
-        chosen, x.to(checks.accumulation_dtype(x)), mask, process_group
+        chosen, x.to(checks.accumulation_dtype(x)), mask.detach(), process_group
     )
     return mean
 
@@ -71,7 +71,7 @@ class AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad):
-        return all_reduce(grad.clone(), ctx.group), None
+        return AllReduceSum.apply(grad, ctx.group), None
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -106,7 +106,7 @@ class _MaskedMean(torch.autograd.Function):
         if group is not None:
             total, count = all_reduce(sums, group).unbind()
             mean = (total / count.clamp(min=1.0)).to(x.dtype)
-        ctx.save_for_backward(mask, sums)
+        ctx.save_for_backward(mean, mask, sums)
         ctx.group = group
         ctx.set_materialize_grads(False)
         return mean
@@ -118,7 +118,7 @@ class _MaskedMean(torch.autograd.Function):
             return (None,) * 4
         if ctx.group is not None:
             grad = all_reduce(grad.clone(), ctx.group)
-        return None, ctx.ops.masked_mean_bwd(grad, *ctx.saved_tensors), None, None
+        return None, ctx.ops.masked_mean_bwd(grad, *ctx.saved_tensors[1:]), None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

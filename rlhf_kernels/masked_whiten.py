@@ -56,9 +56,11 @@ def masked_whiten(
     chosen = _backend.select("masked_whiten", x.device.type, backend)
     x = x.to(checks.accumulation_dtype(x))
     if chosen == "reference":
+        (eps,) = checks.graph_numbers(x, x.dtype, eps)
         return masked_whiten_reference(x, mask, shift_mean, unbiased, eps, process_group)
+    (eps,), numbers = checks.separated(float(eps))
     whitened: Tensor = _MaskedWhiten.apply(
-        chosen, x, mask, shift_mean, unbiased, float(eps), process_group
+        chosen, x, mask.detach(), shift_mean, unbiased, eps, numbers, process_group
     )
     return whitened
 
@@ -80,7 +82,7 @@ def masked_whiten_reference(
     ).unbind()
     variance = squares / (count - int(unbiased)).clamp(min=1.0)
     whitened = deviation * torch.rsqrt(variance + eps)
-    return whitened if shift_mean else torch.where(valid, whitened + mean, 0.0)
+    return torch.where(valid, whitened if shift_mean else whitened + mean, 0.0)
 
 
 # sums = (sum of x, count) comes from masked_mean_fwd. Forward: read N three times (sum, squares,
@@ -114,26 +116,27 @@ _backend.define(
 
 class _MaskedWhiten(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, x, mask, shift_mean, unbiased, eps, group):
+    def forward(ctx: Any, backend, x, mask, shift_mean, unbiased, eps, numbers, group):
         ctx.ops = ops = _backend.operators[backend]
         sums = all_reduce(ops.masked_mean_fwd(x, mask)[1], group)
         squares = all_reduce(ops.masked_whiten_squares(x, mask, sums), group)
-        ctx.save_for_backward(x, mask, sums, squares)
-        ctx.scalars = (shift_mean, unbiased, eps)
+        ctx.save_for_backward(x, mask, sums, squares, numbers)
+        ctx.backend, ctx.scalars = backend, (shift_mean, unbiased, eps)
         ctx.group = group
         ctx.set_materialize_grads(False)
-        return ops.masked_whiten_fwd(x, mask, sums, squares, shift_mean, unbiased, eps)
+        arguments = (numbers, x, mask, sums, squares, *ctx.scalars)
+        return _backend.call(backend, "masked_whiten_fwd", *arguments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
         if grad is None:
-            return (None,) * 7
-        ops = ctx.ops
-        x, mask, sums, squares = ctx.saved_tensors
-        grad_sums = all_reduce(ops.masked_whiten_bwd_sums(grad, x, mask, sums), ctx.group)
-        grad_x = ops.masked_whiten_bwd(grad, x, mask, sums, squares, grad_sums, *ctx.scalars)
-        return None, grad_x, None, None, None, None, None
+            return (None,) * 8
+        x, mask, sums, squares, numbers = ctx.saved_tensors
+        grad_sums = all_reduce(ctx.ops.masked_whiten_bwd_sums(grad, x, mask, sums), ctx.group)
+        arguments = (numbers, grad, x, mask, sums, squares, grad_sums, *ctx.scalars)
+        grad_x = _backend.call(ctx.backend, "masked_whiten_bwd", *arguments)
+        return None, grad_x, *(None,) * 6
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

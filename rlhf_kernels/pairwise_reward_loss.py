@@ -13,17 +13,25 @@ from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.autograd import once_differentiable
 from rlhf_kernels.opspec import Maker, OpSpec, Sample
+from rlhf_kernels.stats import merge, merge_from_zero
 
 
 class RewardStats(NamedTuple):
-    """Sums over pairs, each a float64 tensor of one element; ``+`` merges two of them."""
+    """Sums over pairs, each a float64 tensor of one element; ``+`` merges two of them.
+
+    A pair of equal scores is in pair_count alone: a model that scores all the same is never right.
+    """
 
     pair_count: Tensor
     correct_count: Tensor  # the better completion has the strictly higher score
     margin_sum: Tensor  # score of the better completion minus that of the worse
+    unpaired_count: Tensor  # prompts without a pair of different ranks, which the loss leaves out
 
     def __add__(self, other: RewardStats) -> RewardStats:  # type: ignore[override]
-        return RewardStats(*(a + b for a, b in zip(self, other, strict=True)))
+        return merge(self, other)
+
+    def __radd__(self, start: Any) -> RewardStats:
+        return merge_from_zero(self, start)
 
     @property
     def accuracy(self) -> Tensor:
@@ -65,7 +73,8 @@ def pairwise_reward_loss(
     Returns:
         loss: one number, float32 (float64 if an input is float64), differentiable with respect to
             chosen and rejected; 0 without pairs.
-        stats: ``RewardStats``; accuracy is chosen > rejected, the margin left out.
+        stats: ``RewardStats``; accuracy is chosen > rejected, the margin left out, and
+            unpaired_count 0.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, before anything is computed.
@@ -83,18 +92,14 @@ def pairwise_reward_loss(
     elif margin is not None:
         checks.number("margin", margin)
         margin_value = float(margin)
-    arguments = (
-        chosen.to(dtype),
-        rejected.to(dtype),
-        margin_tensor,
-        margin_value,
-        float(center_coef),
-        float(label_smoothing),
-    )
+    tensors = (chosen.to(dtype), rejected.to(dtype), margin_tensor)
+    scalars = (margin_value, float(center_coef), float(label_smoothing))
     if backend == "reference":
-        return pairwise_reward_loss_reference(*arguments)
-    loss, *stats = _PairwiseRewardLoss.apply(backend, *arguments)
-    return loss, RewardStats(*stats)
+        scalars = checks.graph_numbers(chosen, dtype, *scalars)
+        return pairwise_reward_loss_reference(*tensors, *scalars)
+    scalars, numbers = checks.separated(*scalars)
+    loss, *stats = _PairwiseRewardLoss.apply(backend, numbers, *tensors, *scalars)
+    return loss, RewardStats._make([*stats, torch.zeros_like(stats[0])])
 
 
 def _expand_margin(margin: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,17 +128,18 @@ def pairwise_reward_loss_reference(
     loss = loss + center_coef * (chosen + rejected) ** 2
     apart = difference.detach().double()
     pairs = torch.ones_like(apart).sum()
-    stats = RewardStats(pairs, (apart > 0).sum().double(), apart.sum())
+    correct = (apart > 0).sum().double()
+    stats = RewardStats(pairs, correct, apart.sum(), torch.zeros_like(pairs))
     return loss.sum() / max(apart.numel(), 1), stats
 
 
 def _forward_fake(chosen, rejected, margin, margin_value, center_coef, smoothing, with_grad):
     grad = chosen.new_empty(chosen.shape if with_grad else (0,))
-    return chosen.new_empty(()), *fake_stats(chosen), grad, torch.empty_like(grad)
+    return chosen.new_empty(()), *fake_stats(chosen, 3), grad, torch.empty_like(grad)
 
 
-def fake_stats(like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty((), dtype=torch.float64) for _ in RewardStats._fields)
+def fake_stats(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty((), dtype=torch.float64) for _ in range(count))
 
 
 # Forward: read 2N (3N with a margin), write the 2N gradients of the loss when they are wanted.
@@ -158,13 +164,13 @@ _backend.define(
 
 class _PairwiseRewardLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, *arguments):
+    def forward(ctx: Any, backend, numbers, *arguments):
         ctx.ops = _backend.operators[backend]
-        with_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        loss, *stats, grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_fwd(
-            *arguments, with_grad
+        with_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        loss, *stats, grad_chosen, grad_rejected = _backend.call(
+            backend, "pairwise_reward_loss_fwd", numbers, *arguments, with_grad
         )
-        ctx.save_for_backward(grad_chosen, grad_rejected)
+        ctx.save_for_backward(loss, grad_chosen, grad_rejected)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return loss, *stats
@@ -173,10 +179,12 @@ class _PairwiseRewardLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, *_):
         if grad is None:
-            return (None,) * 7
-        grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_bwd(grad, *ctx.saved_tensors)
-        need, need_rejected = ctx.needs_input_grad[1:3]
+            return (None,) * 8
+        _, *saved = ctx.saved_tensors
+        grad_chosen, grad_rejected = ctx.ops.pairwise_reward_loss_bwd(grad, *saved)
+        need, need_rejected = ctx.needs_input_grad[2:4]
         return (
+            None,
             None,
             grad_chosen if need else None,
             grad_rejected if need_rejected else None,

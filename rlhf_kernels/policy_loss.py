@@ -12,9 +12,10 @@ from rlhf_kernels import aggregation as _aggregation
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
-from rlhf_kernels.autograd import once_differentiable
+from rlhf_kernels.autograd import call_constant, once_differentiable, wants_gradient
 from rlhf_kernels.kl_estimate import KINDS, kl_estimate_reference
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
+from rlhf_kernels.stats import merge, merge_from_zero
 
 OBJECTIVES = ("ppo", "cispo", "reinforce")  # the order of enum Objective in csrc/math/policy.h
 RATIO_LEVELS = ("token", "sequence")
@@ -33,8 +34,10 @@ class PolicyStats(NamedTuple):
     ratio_max: Tensor
 
     def __add__(self, other: PolicyStats) -> PolicyStats:  # type: ignore[override]
-        sums = [a + b for a, b in zip(self[:4], other[:4], strict=True)]
-        return PolicyStats._make([*sums, torch.maximum(self.ratio_max, other.ratio_max)])
+        return merge(self, other)
+
+    def __radd__(self, start: Any) -> PolicyStats:
+        return merge_from_zero(self, start)
 
     @property
     def clip_frac(self) -> Tensor:
@@ -181,30 +184,42 @@ def policy_loss(
     chosen = _backend.select("policy_loss", logprob.device.type, backend)
     coefs = None
     if chosen != "reference" and torch.compiler.is_compiling():
-        numbers = (kl_coef, entropy_coef)
-        coefs = torch.stack([checks.as_tensor(x, logprob, torch.float64) for x in numbers])
+        both = (kl_coef, entropy_coef)
+        coefs = torch.stack([checks.as_tensor(x, logprob, torch.float64) for x in both])
         kl_coef = entropy_coef = 0.0
-    options = _Options(
-        OBJECTIVES.index(objective),
-        by_sequence,
+    tensors = (old_logprob, advantages, importance_weight, ref_logprob)
+    bounds: tuple[Any, ...] = (
         0.0 if clip_low is None else 1.0 - clip_low,
         torch.inf if clip_high is None else 1.0 + clip_high,
         torch.inf if dual_clip is None else float(dual_clip),
         torch.inf if log_ratio_clamp is None else float(log_ratio_clamp),
+    )
+    numbers = None
+    if chosen == "reference":
+        bounds = checks.graph_numbers(logprob, _dtype(logprob, entropy, *tensors), *bounds)
+    else:
+        found, numbers = checks.separated(reduction.normalizer_value, *bounds, 0.0, 0.0)
+        bounds = found[1:5]
+    low, high, dual, clamp = bounds
+    options = _Options(
+        OBJECTIVES.index(objective),
+        by_sequence,
+        low,
+        high,
+        dual,
+        clamp,
         KINDS.index(kl_kind),
         float(kl_coef),
         float(entropy_coef),
     )
-    tensors = (old_logprob, advantages, importance_weight, ref_logprob)
     constants = (*tensors, *reduction, *options, coefs)
     if chosen == "reference":
         loss, stats = policy_loss_reference(logprob, entropy, *tensors, reduction, options)
-    elif torch.is_grad_enabled() and _wants_gradient(logprob, entropy):
-        loss, stats = _PolicyLoss.apply(chosen, logprob, entropy, constants)
+    elif wants_gradient(logprob, entropy):
+        loss, stats = _PolicyLoss.apply(chosen, logprob, entropy, constants, numbers)
     else:
-        loss, stats, _, _ = _backend.operators[chosen].policy_loss_fwd(
-            logprob, entropy, *constants, False, False
-        )
+        arguments = (numbers, logprob, entropy, *constants, False, False)
+        loss, stats, _, _ = call_constant(_backend.call, chosen, "policy_loss_fwd", *arguments)
     return loss, PolicyStats(*stats.unbind()[:5])
 
 
@@ -223,10 +238,6 @@ def _check_term(name: str, x: Any, coef_name: str, coef: Any, logprob: Tensor) -
     if x is None:
         raise ValueError(f"{name}: expected a tensor with {coef_name}={coef}, got None")
     return x
-
-
-def _wants_gradient(logprob: Tensor, entropy: Tensor | None) -> bool:
-    return logprob.requires_grad or (entropy is not None and entropy.requires_grad)
 
 
 def policy_loss_reference(
@@ -286,7 +297,7 @@ def _objective_reference(
     # max(-A r, -A clip(r)) = -A clip(r, bounds that depend on the sign of A). The exponential is
     # taken anew where r is inside, so that an overflow outside gives no 0 * inf = NaN.
     least = torch.zeros_like(a).masked_fill(a < 0, options.low)
-    most = torch.full_like(a, options.high).masked_fill(a < 0, options.dual)
+    most = (torch.zeros_like(a) + options.high).masked_fill(a < 0, options.dual)
     outside = (r < least) | (r > most)
     bound = torch.minimum(torch.maximum(r, least), most)
     return -a * torch.where(outside, bound, log_ratio.masked_fill(outside, 0.0).exp())
@@ -333,12 +344,12 @@ _backend.define(
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, logprob, entropy, constants):  # a tuple: autograd looks at each
+    def forward(ctx: Any, backend, logprob, entropy, constants, numbers):
+        # The constants are in a tuple, as autograd looks at each argument.
         ctx.ops = _backend.operators[backend]
-        loss, totals, *coefficients = ctx.ops.policy_loss_fwd(
-            logprob, entropy, *constants, *ctx.needs_input_grad[1:3]
-        )
-        ctx.save_for_backward(totals, *coefficients)
+        arguments = (logprob, entropy, *constants, *ctx.needs_input_grad[1:3])
+        loss, totals, *coefficients = _backend.call(backend, "policy_loss_fwd", numbers, *arguments)
+        ctx.save_for_backward(loss, totals, *coefficients)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
         return loss, totals
@@ -346,9 +357,9 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad, _):
-        grads: list[Tensor | None] = [None] * 4
+        grads: list[Tensor | None] = [None] * 5
         if grad is not None:
-            totals, *coefficients = ctx.saved_tensors
+            _, totals, *coefficients = ctx.saved_tensors
             for i, coefficient in enumerate(coefficients, start=1):
                 if ctx.needs_input_grad[i]:
                     grads[i] = ctx.ops.policy_loss_bwd(grad, totals, coefficient)

@@ -34,8 +34,8 @@ def ranking_reward_loss(
 
     Args:
         scores: (M,), the completions of a prompt side by side; bf16, fp16, fp32 or fp64.
-        ranks: (M,) integer or floating, lower is better, compared within a prompt; a completion
-            with rank NaN is left out of everything.
+        ranks: (M,) integer or floating, lower is better, compared within a prompt, without
+            rounding; a completion with rank NaN is left out of everything.
         group_offsets: (P + 1,) int32 or int64, where the prompts start, and M at the end. Groups
             may be empty or differ in size.
         center_coef: number >= 0; pulls the scores towards 0.
@@ -44,7 +44,8 @@ def ranking_reward_loss(
     Returns:
         loss: one number, float32 (float64 for float64 scores), differentiable with respect to
             scores; without any pair only the centering term.
-        stats: ``RewardStats`` over all pairs, each counted once.
+        stats: ``RewardStats`` over all pairs, each counted once; unpaired_count are the prompts
+            without one, empty ones too.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, before anything is computed.
@@ -62,13 +63,21 @@ def ranking_reward_loss(
     checks.number("center_coef", center_coef, 0.0)
     chosen = _backend.select("ranking_reward_loss", scores.device.type, backend)
     scores = scores.to(checks.accumulation_dtype(scores))
-    ranks = ranks.detach().double()
+    ranks = _comparable(ranks.detach())
     if chosen == "reference":
         return ranking_reward_loss_reference(scores, ranks, group_offsets, float(center_coef))
-    loss, *stats = _RankingRewardLoss.apply(
-        chosen, scores, ranks, group_offsets, float(center_coef)
-    )
+    (coef,), numbers = checks.separated(float(center_coef))
+    loss, *stats = _RankingRewardLoss.apply(chosen, numbers, scores, ranks, group_offsets, coef)
     return loss, RewardStats(*stats)
+
+
+def _comparable(ranks: Tensor) -> Tensor:
+    """The same order in float64 or int64: neither holds all numbers of the other."""
+    if ranks.is_floating_point():
+        return ranks.double()
+    if ranks.dtype == torch.uint64:
+        return ranks.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    return ranks.long()
 
 
 def ranking_reward_loss_reference(
@@ -83,19 +92,20 @@ def ranking_reward_loss_reference(
     pair = (group[:, None] == group) & (ranks[:, None] < ranks)
     difference = torch.where(pair, scores[:, None] - scores, 0.0)
     losses = torch.where(pair, -logsigmoid(difference), 0.0).sum(1)
-    counts = pair.sum(1).to(scores.dtype)
     per_prompt = scores.new_zeros(offsets.shape[0] - 1)
-    pairs = per_prompt.index_add(0, group, counts)
+    pairs = per_prompt.index_add(0, group, pair.sum(1).to(scores.dtype))
     means = per_prompt.index_add(0, group, losses) / pairs.clamp(min=1.0)
-    loss = means.sum() / (pairs > 0).sum().clamp(min=1)
+    used = (pairs > 0).sum()
+    loss = means.sum() / used.clamp(min=1)
     loss = loss + center_coef * (scores * scores).sum() / ranked.sum().clamp(min=1)
     apart = difference.detach().double()
-    return loss, RewardStats(pair.sum().double(), (apart > 0).sum().double(), apart.sum())
+    counts = (pair.sum(), (apart > 0).sum(), apart.sum(), pairs.shape[0] - used)
+    return loss, RewardStats(*(x.double() for x in counts))
 
 
 def _forward_fake(scores, ranks, group_offsets, center_coef, with_grad):
     grad = scores.new_empty(scores.shape if with_grad else (0,))
-    return scores.new_empty(()), *fake_stats(scores), grad
+    return scores.new_empty(()), *fake_stats(scores, 4), grad
 
 
 # Forward: read M scores and ranks, and for the pairs K/2 times again from the cache; write the
@@ -106,7 +116,7 @@ _backend.define(
         "ranking_reward_loss_fwd": (
             "(Tensor scores, Tensor ranks, Tensor group_offsets, float center_coef, "
             "bool with_grad) -> (Tensor loss, Tensor pair_count, Tensor correct_count, "
-            "Tensor margin_sum, Tensor grad_scores)",
+            "Tensor margin_sum, Tensor unpaired_count, Tensor grad_scores)",
             _forward_fake,
         ),
         "ranking_reward_loss_bwd": (
@@ -119,12 +129,12 @@ _backend.define(
 
 class _RankingRewardLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, *arguments):
+    def forward(ctx: Any, backend, numbers, *arguments):
         ctx.ops = _backend.operators[backend]
-        loss, *stats, grad_scores = ctx.ops.ranking_reward_loss_fwd(
-            *arguments, ctx.needs_input_grad[1]
+        loss, *stats, grad_scores = _backend.call(
+            backend, "ranking_reward_loss_fwd", numbers, *arguments, ctx.needs_input_grad[2]
         )
-        ctx.save_for_backward(grad_scores)
+        ctx.save_for_backward(loss, grad_scores)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return loss, *stats
@@ -133,9 +143,9 @@ class _RankingRewardLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, *_):
         if grad is None:
-            return (None,) * 5
-        grad_scores = ctx.ops.ranking_reward_loss_bwd(grad, *ctx.saved_tensors)
-        return None, grad_scores, None, None, None
+            return (None,) * 6
+        grad_scores = ctx.ops.ranking_reward_loss_bwd(grad, *ctx.saved_tensors[1:])
+        return None, None, grad_scores, None, None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

@@ -37,9 +37,10 @@ def _find_rows(group_offsets, total):
 
 @triton.jit
 def _completions(scores, ranks, at, stop, TYPE: tl.constexpr):
-    """Scores and ranks; from stop on a rank of NaN, which makes no pair."""
+    """Scores, ranks (float64 or int64), and which are ranked: not those from stop on, nor NaN."""
     score = tl.load(scores + at, mask=at < stop, other=0.0).to(TYPE)
-    return score, tl.load(ranks + at, mask=at < stop, other=float("nan"))
+    rank = tl.load(ranks + at, mask=at < stop, other=0)
+    return score, rank, (at < stop) & (rank == rank)
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -51,16 +52,17 @@ def ranking_reward_loss_fwd_kernel(
     losses, pairs, correct, apart, ranked, squares = zero, zero, zero, zero, zero, zero
     while first < stop:
         at = first + tl.arange(0, ROWS)
-        score, rank = _completions(scores, ranks, at, stop, TYPE)
+        score, rank, ranked_here = _completions(scores, ranks, at, stop, TYPE)
         loss, slope = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
         better = tl.zeros([ROWS, COLUMNS], tl.int32)  # of how many partners, and so on
         worse, right = better, better
         column = start
         while column < stop:
             partners = column + tl.arange(0, COLUMNS)
-            other, other_rank = _completions(scores, ranks, partners, stop, TYPE)
-            wins = rank[:, None] < other_rank[None, :]
-            loses = rank[:, None] > other_rank[None, :]
+            other, other_rank, ranked_there = _completions(scores, ranks, partners, stop, TYPE)
+            both = ranked_here[:, None] & ranked_there[None, :]
+            wins = both & (rank[:, None] < other_rank[None, :])
+            loses = both & (rank[:, None] > other_rank[None, :])
             z = score[:, None] - other[None, :]
             z = tl.where(wins, z, tl.where(loses, -z, 0.0))
             value, step = neg_log_sigmoid(z, TYPE)
@@ -73,13 +75,13 @@ def ranking_reward_loss_fwd_kernel(
             column += COLUMNS
         if slopes is not None:
             tl.store(slopes + at, slope, mask=at < stop)
-        wide = tl.where(rank == rank, score, 0.0).to(tl.float64)
+        wide = tl.where(ranked_here, score, 0.0).to(tl.float64)
         balance = tl.sum(better - worse, 1)
         losses += tl.sum(loss, 0)
         pairs += tl.sum(tl.sum(better, 1).to(tl.float64), 0)
         correct += tl.sum(tl.sum(right, 1).to(tl.float64), 0)
         apart += tl.sum(tl.where(balance == 0, 0.0, wide * balance.to(tl.float64)), 0)
-        ranked += tl.sum((rank == rank).to(tl.float64), 0)
+        ranked += tl.sum(ranked_here.to(tl.float64), 0)
         squares += tl.sum(wide * wide, 0)
         first += SLOTS * ROWS
     to = sums + tl.program_id(0).to(tl.int64) * SUMS
@@ -106,6 +108,7 @@ def ranking_reward_loss_mean_kernel(
     pair_count,
     correct_count,
     margin_sum,
+    unpaired_count,
     factors,
     groups: tl.int64,
     center_coef: tl.float64,
@@ -131,6 +134,7 @@ def ranking_reward_loss_mean_kernel(
     tl.store(pair_count, tl.sum(pairs, 0))
     tl.store(correct_count, tl.sum(correct, 0))
     tl.store(margin_sum, tl.sum(apart, 0))
+    tl.store(unpaired_count, groups - tl.sum(used, 0))
     tl.store(factors, share)
     tl.store(factors + 1, 2.0 * center)
 
@@ -145,16 +149,16 @@ def ranking_reward_loss_grad_kernel(
     share, pull = tl.load(factors), tl.load(factors + 1)
     while first < stop:
         at = first + tl.arange(0, ROWS)
-        score, rank = _completions(scores, ranks, at, stop, TYPE)
+        score, _, ranked_here = _completions(scores, ranks, at, stop, TYPE)
         slope = tl.load(slopes + at, mask=at < stop, other=0.0)
         own = slope / pairs * share + pull * score.to(tl.float64)
-        tl.store(grad + at, tl.where(rank == rank, own, 0.0).to(TYPE), mask=at < stop)
+        tl.store(grad + at, tl.where(ranked_here, own, 0.0).to(TYPE), mask=at < stop)
         first += SLOTS * ROWS
 
 
 def ranking_reward_loss_fwd(
     scores: Tensor, ranks: Tensor, group_offsets: Tensor, center_coef: float, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks.offset_values("group_offsets", group_offsets, scores.shape[0])
     total, groups = scores.shape[0], group_offsets.shape[0] - 1
     programs, TYPE = groups * SLOTS.value, triton_common.TYPES[scores.dtype]
@@ -163,11 +167,11 @@ def ranking_reward_loss_fwd(
         triton_common.dense(ranks),
         triton_common.dense(group_offsets),
     )
-    sums = ranks.new_empty(programs * SUMS.value, dtype=torch.float64)
-    slopes = ranks.new_empty(total, dtype=torch.float64) if with_grad else None
-    factors = ranks.new_empty(2, dtype=torch.float64)
+    sums = scores.new_empty(programs * SUMS.value, dtype=torch.float64)
+    slopes = scores.new_empty(total, dtype=torch.float64) if with_grad else None
+    factors = scores.new_empty(2, dtype=torch.float64)
     loss, grad = scores.new_empty(()), scores.new_empty(total if with_grad else 0)
-    pairs, correct, apart = (scores.new_empty((), dtype=torch.float64) for _ in range(3))
+    pairs, correct, apart, unpaired = (scores.new_empty((), dtype=torch.float64) for _ in range(4))
     triton_common.launch(
         ranking_reward_loss_fwd_kernel,
         programs,
@@ -186,6 +190,7 @@ def ranking_reward_loss_fwd(
         pairs,
         correct,
         apart,
+        unpaired,
         factors,
         groups,
         center_coef,
@@ -203,7 +208,7 @@ def ranking_reward_loss_fwd(
             total,
             TYPE=TYPE,
         )
-    return loss, pairs, correct, apart, grad
+    return loss, pairs, correct, apart, unpaired, grad
 
 
 def ranking_reward_loss_bwd(grad: Tensor, grad_scores: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def token_logprob(
         with_entropy: return the entropy too; it does not change a bit of the log-probability.
         inplace_backward: the backward overwrites ``logits`` with its gradient instead of allocating
             one of the same size; a later use of the logits by autograd then raises. Needs logits
-            that are not a leaf and whose rows do not overlap. Ignored under torch.compile.
+            that are not a leaf and whose rows do not overlap. The reference overwrites them, too,
+            but saves no memory. Ignored under torch.compile.
         backend: reference | cpu | triton | cuda; None chooses (see rlhf_kernels.backend).
 
     Returns:
@@ -87,9 +88,11 @@ def token_logprob(
         "token_logprob", logits.device.type, backend, logits.dtype, logits.shape[-1]
     )
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    if inplace_backward and logits.requires_grad and torch.is_grad_enabled():
+    inplace_backward = inplace_backward and logits.requires_grad and torch.is_grad_enabled()
+    if inplace_backward:
         check_inplace("inplace_backward", logits)
     if chosen == "reference":
+        logits = _OverwrittenByGradient.apply(logits) if inplace_backward else logits
         scale = temperature_value if temperature_tensor is None else temperature_tensor
         out = token_logprob_reference(logits, tokens, scale, ignore_index)
         return out if with_entropy else out.logprob
@@ -166,6 +169,22 @@ def check_inplace(name: str, logits: Tensor) -> None:
                 f"{tuple(logits.stride())} for shape {tuple(logits.shape)}"
             )
         end = stride * size
+
+
+class _OverwrittenByGradient(torch.autograd.Function):
+    """The logits as they are, for the reference, whose graph ends here in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits):
+        ctx.save_for_backward(logits)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad):
+        (logits,) = ctx.saved_tensors
+        with torch.no_grad():
+            logits.copy_(grad)
+        return grad
 
 
 def token_logprob_reference(

@@ -107,25 +107,27 @@ def token_logprob_and_grad(
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
         check_inplace("inplace", logits)
-    constants = (weight, *slope)
     logits = logits.detach()
     with torch.no_grad():
         if chosen == "reference":
+            dtype = checks.accumulation_dtype(logits)
+            constants = (weight, *slope[:2], *checks.graph_numbers(logits, dtype, *slope[2:]))
             scale = temperature_value if temperature_tensor is None else temperature_tensor
             out = token_logprob_and_grad_reference(logits, tokens, scale, ignore_index, *constants)
             *results, grad_logits = out
             if inplace:
                 grad_logits = logits.copy_(grad_logits)
         else:
-            ops = _backend.operators[chosen]
-            scaling = (temperature_tensor, temperature_value, ignore_index)
-            args = (logits, tokens, *scaling, *constants, with_entropy)
+            found, numbers = checks.separated(temperature_value, *slope[2:])
+            scaling = (temperature_tensor, found[0], ignore_index)
+            args = (logits, tokens, *scaling, weight, *slope[:2], *found[1:], with_entropy)
             if inplace:
-                results = ops.token_logprob_and_grad_(*args)
+                results = _backend.operators[chosen].token_logprob_and_grad_(*args)
                 grad_logits = logits
                 torch.autograd.graph.increment_version(logits)  # a plain define() does not
             else:
-                *results, grad_logits = ops.token_logprob_and_grad(*args)
+                name = "token_logprob_and_grad"
+                *results, grad_logits = _backend.call(chosen, name, numbers, *args)
     logprob, entropy, row_max, log_sum = results
     wanted = entropy if with_entropy else None
     return LogprobAndGrad(logprob, wanted, row_max, log_sum, grad_logits)
@@ -188,7 +190,7 @@ def token_logprob_and_grad_reference(
     if old_logprob is not None and advantages is not None:
         r, a = (select(logprob) - select(old_logprob)).exp(), select(advantages)
         least = torch.zeros_like(a).masked_fill(a < 0, low)
-        most = torch.full_like(a, high).masked_fill(a < 0, dual)
+        most = (torch.zeros_like(a) + high).masked_fill(a < 0, dual)
         slope = torch.where((r < least) | (r > most), 0.0, -a * r)
         g = torch.where(scored & (g != 0), g * slope, 0.0)
     many = tokens.dim() == logits.dim()

@@ -12,8 +12,9 @@ from rlhf_kernels import aggregation as _aggregation
 from rlhf_kernels import backend as _backend
 from rlhf_kernels import checks
 from rlhf_kernels.aggregation import Reduction
-from rlhf_kernels.autograd import once_differentiable
+from rlhf_kernels.autograd import call_constant, once_differentiable, wants_gradient
 from rlhf_kernels.opspec import Inputs, Maker, OpSpec, Sample, total_bytes
+from rlhf_kernels.stats import merge, merge_from_zero
 
 
 class ValueStats(NamedTuple):
@@ -33,7 +34,10 @@ class ValueStats(NamedTuple):
     return_square_sum: Tensor
 
     def __add__(self, other: ValueStats) -> ValueStats:  # type: ignore[override]
-        return ValueStats(*(a + b for a, b in zip(self, other, strict=True)))
+        return merge(self, other)
+
+    def __radd__(self, start: Any) -> ValueStats:
+        return merge_from_zero(self, start)
 
     @property
     def clip_frac(self) -> Tensor:
@@ -106,13 +110,16 @@ def value_loss(
     bound = torch.inf if clip is None else float(clip)
     chosen = _backend.select("value_loss", values.device.type, backend)
     if chosen == "reference":
+        (bound,) = checks.graph_numbers(values, _dtype(values, old_values, returns), bound)
         loss, totals = value_loss_reference(values, old_values, returns, reduction, bound)
-    elif torch.is_grad_enabled() and values.requires_grad:
-        loss, totals = _ValueLoss.apply(chosen, values, (old_values, returns, *reduction, bound))
+        return loss, ValueStats(*totals.unbind()[:6])
+    (_, bound), numbers = checks.separated(reduction.normalizer_value, bound)
+    constants = (old_values, returns, *reduction, bound)
+    if wants_gradient(values):
+        loss, totals = _ValueLoss.apply(chosen, values, constants, numbers)
     else:
-        loss, totals, _ = _backend.operators[chosen].value_loss_fwd(
-            values, old_values, returns, *reduction, bound, False
-        )
+        arguments = (numbers, values, *constants, False)
+        loss, totals, _ = call_constant(_backend.call, chosen, "value_loss_fwd", *arguments)
     return loss, ValueStats(*totals.unbind()[:6])
 
 
@@ -171,10 +178,11 @@ _backend.define(
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, backend, values, constants):  # in one tuple: autograd looks at each
+    def forward(ctx: Any, backend, values, constants, numbers):  # a tuple: autograd looks at each
         ctx.ops = _backend.operators[backend]
-        loss, totals, coefficient = ctx.ops.value_loss_fwd(values, *constants, True)
-        ctx.save_for_backward(totals, coefficient)
+        arguments = (numbers, values, *constants, True)
+        loss, totals, coefficient = _backend.call(backend, "value_loss_fwd", *arguments)
+        ctx.save_for_backward(loss, totals, coefficient)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
         return loss, totals
@@ -183,8 +191,8 @@ class _ValueLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad, _):
         if grad is None:
-            return None, None, None
-        return None, ctx.ops.value_loss_bwd(grad, *ctx.saved_tensors), None
+            return (None,) * 4
+        return None, ctx.ops.value_loss_bwd(grad, *ctx.saved_tensors[1:]), None, None
 
 
 def _samples(make: Maker) -> Iterator[Sample]:

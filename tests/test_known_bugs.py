@@ -143,8 +143,6 @@ def test_kl_direction(device, backend):
 def test_inplace_backward_reuse(device, backend):
     """10. Logits used twice, retain_graph, two heads, a leaf. Liger 272, 343, 1251; unsloth 5002;
     Megatron-LM 1594"""
-    if backend == "reference":
-        pytest.skip("the reference has no in-place backward")
     tokens = random_tokens(300, 4, device=device)
 
     def head(logits: Tensor) -> Tensor:
@@ -179,8 +177,6 @@ def test_inplace_backward_reuse(device, backend):
 
 def test_inplace_backward_of_a_view_leaves_the_rest(device, backend):
     """10. The logits of all but the last position, as trainers slice them. Liger 343"""
-    if backend == "reference":
-        pytest.skip("the reference has no in-place backward")
     leaf = random(2, 5, 60, device=device).requires_grad_()
     tokens = random_tokens(60, 2, 4, device=device)
     expected = torch.autograd.grad(

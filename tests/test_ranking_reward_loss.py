@@ -174,3 +174,46 @@ def test_ranking_reward_loss_argument_errors(device, backend):
     wrong = torch.tensor([0, 3, 2, 4], device=device)
     if device == "cpu":
         raises(ValueError, r"group_offsets: .* end at 4, got \[0, 3, 2, 4\]", x, x, wrong)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        torch.tensor([1.0, 1.0 + 1e-12, 1.0 + 2e-12], dtype=torch.float64),
+        torch.tensor([2**24, 2**24 + 1, 2**24 + 2]),
+        torch.tensor([2**60, 2**60 + 1, 2**60 + 2]),
+        torch.tensor([-(2**62), -(2**62) + 1, -(2**62) + 2]),
+        torch.tensor([2**63 - 1, 2**63, 2**63 + 1], dtype=torch.uint64),
+        torch.tensor([-1, 0, 1], dtype=torch.int8),
+    ],
+    ids=["float64", "beyond float32", "beyond float64", "negative", "uint64", "int8"],
+)
+def test_ranking_reward_loss_does_not_round_ranks(device, backend, ranks):
+    """Three ordered completions, and the same ranks in one group with more than a tile of them."""
+    scores, offsets = torch.tensor([2.0, 0.0, 1.0]).to(device), torch.tensor([0, 3]).to(device)
+    loss, stats = ranking_reward_loss(scores, ranks.to(device), offsets, backend=backend)
+    assert (stats.pair_count.item(), stats.correct_count.item()) == (3, 2)
+    assert loss.item() == pytest.approx((loss_of(2) + loss_of(1) + loss_of(-1)) / 3, rel=1e-6)
+    many = ranks.to(device)[[0] * 20 + [1] * 20 + [2]]
+    _, stats = ranking_reward_loss(
+        torch.zeros(41, device=device), many, torch.tensor([0, 41]).to(device), backend=backend
+    )
+    assert stats.pair_count.item() == 20 * 20 + 20 + 20
+
+
+def test_ranking_reward_loss_counts_prompts_without_a_pair(device, backend):
+    """Ties, NaN, one completion, none: none of them is a pair, and the loss leaves them out."""
+    nan = math.nan
+    ranks = torch.tensor([0.0, 1.0, 3.0, 3.0, 0.0, 1.0, nan, nan, nan], device=device)
+    offsets = torch.tensor([0, 2, 4, 4, 5, 7, 9], device=device)
+    scores = torch.zeros(9, device=device)
+    loss, stats = ranking_reward_loss(scores, ranks, offsets, backend=backend)
+    assert (stats.pair_count.item(), stats.unpaired_count.item()) == (1, 5)
+    assert stats.unpaired_count.dtype == torch.float64
+    assert loss.item() == pytest.approx(LOG2, rel=1e-6)
+    none = ranking_reward_loss(scores[:0], ranks[:0], offsets[:1], backend=backend)[1]
+    assert none.unpaired_count.item() == 0
+    assert (stats + stats + none).unpaired_count.item() == 10
+    pairwise = pairwise_reward_loss(scores, scores, backend=backend)[1]
+    assert (pairwise.unpaired_count.item(), pairwise.accuracy.item()) == (0, 0)
+    assert (pairwise + stats).unpaired_count.item() == 5

@@ -64,13 +64,15 @@ void ranking_reward_loss_kernel(const RankingRewardLossArgs& a, int64_t begin, i
 namespace rlhf_kernels {
 RK_DECLARE(ranking_reward_loss_kernel, RankingRewardLossArgs)
 
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 struct PromptSums {
   double losses, correct, differences, pairs;
 };
 
 // The sums over the pairs of the prompt [start, stop); grad += the gradient of their mean loss.
-template <class T>
-static PromptSums rank_prompt(const T* scores, const double* ranks, int64_t start, int64_t stop,
+template <class T, class Rank>
+static PromptSums rank_prompt(const T* scores, const Rank* ranks, int64_t start, int64_t stop,
                               double* grad) {
   std::vector<int64_t> order;
   for (int64_t i = start; i < stop; ++i)
@@ -96,15 +98,12 @@ static PromptSums rank_prompt(const T* scores, const double* ranks, int64_t star
   return {sums[0], sums[1], sums[2], static_cast<double>(pairs)};
 }
 
-template <class T>
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rank_prompts(const Tensor& scores_in,
-                                                                       const Tensor& ranks_in,
-                                                                       const Tensor& offsets,
-                                                                       double center_coef,
-                                                                       bool with_grad) {
+template <class T, class Rank>
+static Results rank_prompts(const Tensor& scores_in, const Tensor& ranks_in, const Tensor& offsets,
+                            double center_coef, bool with_grad) {
   const ScalarType type = scores_in.scalar_type();
   const T* scores = static_cast<const T*>(scores_in.const_data_ptr());
-  const double* ranks = static_cast<const double*>(ranks_in.const_data_ptr());
+  const Rank* ranks = static_cast<const Rank*>(ranks_in.const_data_ptr());
   const int64_t* at = static_cast<const int64_t*>(offsets.const_data_ptr());
   const int64_t total = scores_in.numel(), prompts = offsets.numel() - 1;
   std::vector<double> grad(total);
@@ -137,20 +136,26 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rank_prompts(const Ten
   T* out = static_cast<T*>(grad_scores.mutable_data_ptr());
   for (int64_t i = 0; with_grad && i < total; ++i)
     out[i] = ranks[i] == ranks[i] ? T(grad[i] * share + 2 * center * scores[i]) : T(0);
-  return {scalar(mean_loss * share + center * squares, type), scalar(all.pairs, ScalarType::Double),
-          scalar(all.correct, ScalarType::Double), scalar(all.differences, ScalarType::Double),
+  return {scalar(mean_loss * share + center * squares, type),
+          scalar(all.pairs, ScalarType::Double),
+          scalar(all.correct, ScalarType::Double),
+          scalar(all.differences, ScalarType::Double),
+          scalar(static_cast<double>(prompts) - used, ScalarType::Double),
           grad_scores};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ranking_reward_loss_fwd(
-    const Tensor& scores_in, const Tensor& ranks_in, const Tensor& group_offsets,
-    double center_coef, bool with_grad) {
+static Results ranking_reward_loss_fwd(const Tensor& scores_in, const Tensor& ranks_in,
+                                       const Tensor& group_offsets, double center_coef,
+                                       bool with_grad) {
   const Tensor offsets = checked_offsets(group_offsets, scores_in.numel(), "group_offsets");
   const Tensor scores = dense(scores_in, accumulation_type(scores_in));
-  const Tensor ranks = dense(ranks_in, ScalarType::Double);
+  const bool whole = ranks_in.scalar_type() == ScalarType::Long;
+  const Tensor ranks = dense(ranks_in, whole ? ScalarType::Long : ScalarType::Double);
   const bool wide = scores.scalar_type() == ScalarType::Double;
-  return wide ? rank_prompts<double>(scores, ranks, offsets, center_coef, with_grad)
-              : rank_prompts<float>(scores, ranks, offsets, center_coef, with_grad);
+  const auto run = wide    ? whole ? rank_prompts<double, int64_t> : rank_prompts<double, double>
+                   : whole ? rank_prompts<float, int64_t>
+                           : rank_prompts<float, double>;
+  return run(scores, ranks, offsets, center_coef, with_grad);
 }
 
 static Tensor ranking_reward_loss_bwd(const Tensor& grad, const Tensor& grad_scores) {

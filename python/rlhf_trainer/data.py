@@ -341,7 +341,7 @@ def _ranked(row: dict[str, Any]) -> tuple[dict[str, Any], tuple[float, ...]]:
                 f"ranks[{k}]: expected a number that float32 holds, got {reprlib.repr(rank)}"
             )
     named = {f"completions[{k}]": completion for k, completion in enumerate(completions)}
-    return named, tuple(map(float, ranks))
+    return named, tuple(ranks)
 
 
 # --- tokens ---------------------------------------------------------------------------------------

@@ -184,7 +184,11 @@ def train_reward(
         scores = sequence_scores(scorer, collate(rows, pad).to(device))
         if all(len(group.rows) == 2 for group in micro):  # best first: chosen, rejected
             return rk.pairwise_reward_loss(scores[0::2], scores[1::2], backend=backend)
-        ranks = torch.tensor([rank for group in micro for rank in group.ranks], device=device)
+        places = [sorted(set(group.ranks)) for group in micro]  # as numbers, float32 would tie some
+        ranks = torch.tensor(
+            [p.index(r) for p, group in zip(places, micro, strict=True) for r in group.ranks],
+            device=device,
+        )
         sizes = [len(group.rows) for group in micro]
         offsets = torch.tensor([0, *accumulate(sizes)], device=device)
         return rk.ranking_reward_loss(scores, ranks, offsets, backend=backend)

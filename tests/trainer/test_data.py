@@ -280,6 +280,13 @@ def test_read_comparisons_and_rankings(write_lines):
     ]
 
 
+def test_ranks_that_a_float_would_round_stay_apart(write_lines):
+    ranks = [2**60 + 1, 2**60, 2**60 + 2]
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "ranks": ranks}
+    (ranking,) = read_rankings(write_lines("data.jsonl", [row]))
+    assert ranking.ranks == tuple(ranks) and len(set(ranking.ranks)) == 3
+
+
 def test_read_hh_transcripts(write_lines):
     opening = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
     rows = [

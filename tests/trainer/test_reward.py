@@ -91,6 +91,26 @@ def test_loss_is_minus_log_sigmoid_averaged_per_prompt(
         assert result.accuracy is None
 
 
+def test_ranks_that_float32_would_tie_are_pairs(reward_config, make_model, tokenizer, rankings):
+    """Only the order of the ranks counts: a constant beside them changes nothing."""
+    losses = []
+    for offset in (0, 2**24, 2**60):
+        moved = [
+            Ranking(r.prompt, r.completions, tuple(offset + int(x) for x in r.ranks))
+            for r in rankings
+        ]
+        torch.manual_seed(5)
+        result = train_reward(
+            reward_config(f"moved-{offset}", epochs=1),
+            model=ScalarModel.from_causal_lm(make_model(), 0),
+            tokenizer=tokenizer,
+            train=moved,
+            heldout=[],
+        )
+        losses.append(result.history[0]["loss"])
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_pairwise_and_k_wise_loss_meet_at_two_completions(
     reward_config, make_model, tokenizer, pairs, rankings
 ):
