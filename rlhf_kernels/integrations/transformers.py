@@ -16,7 +16,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -44,15 +44,31 @@ class LMHead(NamedTuple):
 
 @dataclass
 class LogprobOutput(ModelOutput):
-    """What a patched model returns; the fields after the entropy are those of its own output."""
+    """What a patched model returns; after the entropy come the fields of its own output but its
+    logits, whatever this version of transformers calls them."""
 
     logprob: Tensor | None = None
     entropy: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    aux_loss: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, args, *state = super().__reduce__()
+        names = tuple(field.name for field in fields(self))
+        return _logprob_output_of, (dict(zip(names, args, strict=True)),), *state
+
+
+def _logprob_output_of(values: dict[str, Any]) -> LogprobOutput:
+    """One that has these fields."""
+    others = tuple(name for name in values if name not in ("logprob", "entropy"))
+    output: LogprobOutput = _output_class(others)(**values)
+    return output
+
+
+@functools.cache
+def _output_class(others: tuple[str, ...]) -> Any:
+    """A dataclass with these fields too: what pytrees, data parallelism and copies go by."""
+    declared = [(name, Any, field(default=None)) for name in others]
+    here = {"__module__": __name__}
+    return make_dataclass("LogprobOutput", declared, bases=(LogprobOutput,), namespace=here)
 
 
 def logprob_forward(
@@ -299,8 +315,9 @@ def _logprob_output(
             hidden[:, : tokens.shape[1]], tokens=tokens, **head._asdict(), **options
         )
     logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
-    own = "past_key_values hidden_states attentions router_logits aux_loss".split()
-    return LogprobOutput(logprob, entropy, **{name: getattr(output, name, None) for name in own})
+    names = [f.name for f in fields(output)] if is_dataclass(output) else []
+    own = {name: getattr(output, name) for name in names if name != "logits"}
+    return _logprob_output_of(own | {"logprob": logprob, "entropy": entropy})
 
 
 def _next_tokens(lm: PreTrainedModel, given: dict[str, Any], ignore_index: int) -> Tensor:
