@@ -100,6 +100,7 @@ class _Swap:
     path: str
     original: Any
     ours: Any
+    inherited: bool  # by the class that has ours now
 
 
 @dataclass
@@ -342,8 +343,12 @@ class Host:
         if isinstance(item, Addition):
             self._added[item.path] = item.put(module, ours)
             return None
+        if _named(function) is not original:  # a bound method: by its name pickle finds no function
+            ours.__module__, ours.__qualname__ = module.__name__, name
         ours = staticmethod(ours) if isinstance(original, staticmethod) else ours
-        swap = _Swap(item.path, original, ours)
+        owner, _, attribute = name.rpartition(".")
+        inherited = bool(owner) and attribute not in vars(_find(module, owner))
+        swap = _Swap(item.path, original, ours, inherited)
         places = self._places(swap, of="original")
         self._swaps.append(swap)
         try:
@@ -356,7 +361,10 @@ class Host:
 
     def _put_back(self, swap: _Swap) -> None:
         for holder, name in self._places(swap):
-            setattr(holder, name, swap.original)
+            if swap.inherited:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, swap.original)
 
     def _places(self, swap: _Swap, of: str = "ours") -> list[tuple[Any, str]]:
         """Where the host has ours, or the original: (module or class, attribute)."""
@@ -408,6 +416,12 @@ def _find(module: Any, name: str) -> Any:
             return None
         found = inspect.getattr_static(found, part, None)
     return found
+
+
+def _named(function: Any) -> Any:
+    """What pickle finds under the function's name."""
+    module, name = (getattr(function, x, "") for x in ("__module__", "__qualname__"))
+    return _find(sys.modules.get(module), name)
 
 
 def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,19 +48,22 @@ def face(holder: Any, name: str, ours: Any, original: Any) -> Iterator[tuple[str
     """(what, of ours, of the original)."""
     found = getattr(holder, name)
     yield "descriptor", type(ours) is staticmethod, type(original) is staticmethod
-    ours, original = (getattr(x, "__func__", x) for x in (ours, original))
+    if isinstance(original, staticmethod):
+        ours, original = ours.__func__, original.__func__
     yield "copy", copy.copy(found) is found and copy.deepcopy(found) is found, True
     yield "pickle", pickle.loads(pickle.dumps(found)) is found, True
     yield "signature", inspect.signature(ours), inspect.signature(original)
-    for attribute in NAMES:
-        yield attribute, getattr(ours, attribute, None), getattr(original, attribute, None)
+    if not inspect.ismethod(original):  # a function then, of the name under which pickle finds it
+        for attribute in NAMES:
+            yield attribute, getattr(ours, attribute, None), getattr(original, attribute, None)
     yield "coroutine", inspect.iscoroutinefunction(ours), inspect.iscoroutinefunction(original)
     yield "class", isinstance(ours, type), isinstance(original, type)
     if isinstance(original, type):
         yield from face_of_class(ours, original)
     else:
-        yield "type", type(ours), type(original)
-        yield "attributes", original.__dict__.keys() - ours.__dict__.keys(), set()
+        yield "type", isinstance(ours, types.FunctionType), callable(original)
+        if not hasattr(original, "_torchdynamo_orig_callable"):  # ours is not a compiled one
+            yield "attributes", original.__dict__.keys() - ours.__dict__.keys(), set()
         taken = [inspect.signature(x, follow_wrapped=False).parameters for x in (ours, original)]
         if not any(p.kind is p.VAR_POSITIONAL for p in taken[1].values()):
             yield "parameters", *([(p.name, p.kind, p.default) for p in x.values()] for x in taken)

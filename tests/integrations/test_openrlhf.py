@@ -17,6 +17,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import faces
 import pytest
 import torch
 from torch import nn
@@ -68,6 +69,11 @@ def one_thread():
     torch.set_num_threads(threads)
     adapter.unpatch()
     assert Actor.forward is ORIGINALS["Actor.forward"]
+
+
+def test_what_is_replaced_looks_as_it_did():
+    """25. Types, signatures, names, pickles: what is not called is the host's."""
+    faces.assert_host_keeps_its_face(HOST, len(HOST.replacements))
 
 
 class Never(Exception):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.abc
 import importlib.util
 import inspect
 import os
+import pickle
 import sys
 import threading
 import types
@@ -610,6 +612,35 @@ def test_a_child_process_does_not_wait_for_the_parents_lock(host):
         go.set()
         thread.join()
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_what_takes_the_place_of_a_bound_method_is_pickled_by_where_it_is(host, monkeypatch):
+    """25. verl.utils.kernel holds the ``apply`` of a class under a name of its own."""
+    core = load("core")
+    core.tripled = original = core.Maker().triple
+
+    def make(function, strict):
+        return functools.wraps(function)(lambda x: x + x + x)
+
+    made = Replacement("fakehost.core:tripled", "(x)", make, one_call, "triples")
+    monkeypatch.setattr(host, "replacements", [made])
+    with host.patched():
+        assert (
+            core.tripled is not original
+            and pickle.loads(pickle.dumps(core.tripled)) is core.tripled
+        )
+    assert core.tripled is original
+
+
+def test_unpatch_leaves_a_method_inherited_that_was(host, monkeypatch):
+    core = load("core")
+    core.Child = type("Child", (core.Maker,), {})
+    (half,) = (r for r in host.replacements if r.name == "Maker.half")
+    made = dataclasses.replace(half, path="fakehost.core:Child.half")
+    monkeypatch.setattr(host, "replacements", [made])
+    with host.patched():
+        assert "half" in vars(core.Child) and core.Child.half is not core.Maker.half
+    assert "half" not in vars(core.Child) and core.Child.half is core.Maker.half
 
 
 def test_signature_is_names_kinds_and_defaults():
