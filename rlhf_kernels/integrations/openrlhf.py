@@ -632,4 +632,4 @@ _host = patching.add(
     )
 )
 patch, unpatch, patched = _host.patch, _host.unpatch, _host.patched
-report, survey = _host.report, _host.survey
+report, survey, check = _host.report, _host.survey, _host.check

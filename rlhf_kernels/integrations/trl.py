@@ -221,10 +221,11 @@ class _InPlaceOf(FunctionMeta):
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
         super().__init__(name, bases, namespace)
         if any(isinstance(base, _InPlaceOf) for base in bases):  # somebody's own, as if of the base
-            cls.__class__ = FunctionMeta
+            cls.__class__ = FunctionMeta  # type: ignore[assignment]
 
     def __subclasscheck__(cls, other: type) -> bool:
-        return issubclass(other, cls.__base__)
+        base: Any = cls.__base__
+        return issubclass(other, base)
 
 
 def _applied(original: Any, apply: Callable[..., Any]) -> Any:
@@ -576,5 +577,5 @@ _host = patching.add(
     )
 )
 patch, unpatch, patched = _host.patch, _host.unpatch, _host.patched
-report, survey = _host.report, _host.survey
-__all__ = ["patch", "patched", "report", "survey", "unpatch"]
+report, survey, check = _host.report, _host.survey, _host.check
+__all__ = ["check", "patch", "patched", "report", "survey", "unpatch"]

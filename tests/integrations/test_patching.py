@@ -180,6 +180,46 @@ def test_survey_imports_and_leaves_the_host_as_it_was(host):
     assert not hasattr(load("core").double, "seen")
 
 
+def test_check_calls_what_is_replaced(host, monkeypatch):
+    """24. In a tested version too, where ``patch`` compares nothing."""
+    double, half = host.replacements[0], host.replacements[3]
+    monkeypatch.setattr(host, "additions", ())
+    monkeypatch.setattr(host, "replacements", [double, half])
+    assert host.check() == "1.2.3: 2 of 2 functions can be replaced"
+
+    def wrong(original, strict):
+        return lambda x, factor=2.0: x + factor + 1
+
+    def raises(original, strict):
+        raise AttributeError("no such thing")
+
+    for make, why in (
+        (wrong, "gives something else"),
+        (raises, "cannot be replaced: AttributeErr"),
+    ):
+        broken = [dataclasses.replace(double, make=make), half]
+        monkeypatch.setattr(host, "replacements", broken)
+        with pytest.raises(RuntimeError, match=f"fakehost.core:double {why}"):
+            host.check()
+    monkeypatch.setattr(host, "version", lambda: "1.3.0")  # there ``patch`` compares
+    broken[0] = dataclasses.replace(double, make=wrong)
+    assert host.check() == "1.3.0: 1 of 2 functions can be replaced"
+    assert not hasattr(load("core").double, "seen")
+
+
+def test_check_passes_by_calls_that_the_host_does_not_serve(host, monkeypatch):
+    """As verl's own kernel on a CPU."""
+    core = load("core")
+
+    def fails(x, factor=2.0):
+        raise RuntimeError("a GPU is needed")
+
+    monkeypatch.setattr(core, "double", fails)
+    monkeypatch.setattr(host, "replacements", [host.replacements[0]])
+    monkeypatch.setattr(host, "additions", ())
+    assert host.check() == "1.2.3: 1 of 1 functions can be replaced"
+
+
 def test_patch_is_idempotent_and_nests(host):
     core = load("core")
     original = core.double
