@@ -15,8 +15,9 @@
 #                                PYTHON=/that/python make test
 VENV_PYTHON ?= python3
 
-# The host trainers in pinned versions, each in a folder that goes before .venv (requirements/hosts).
-HOSTS ?= trl trl-1.12 verl openrlhf
+# The host trainers in pinned versions, and the oldest and the newest transformers, each in a folder
+# that goes before .venv (requirements/hosts).
+HOSTS ?= trl trl-1.12 verl openrlhf transformers-5.0 transformers-5.24
 
 ifdef PYTHON
   RUN := $(PYTHON)
@@ -52,7 +53,7 @@ test-integrations: build $(FOLDERS)
 	  $(RUN) -m pytest $(PARALLEL) tests/integrations/test_$${host%-*}.py $(ARGS); done
 
 bench-integrations: build $(FOLDERS)
-	set -e; for host in $(HOSTS); do echo "beside $$host:"; $(BESIDE) \
+	set -e; for host in $(filter-out transformers%,$(HOSTS)); do echo "beside $$host:"; $(BESIDE) \
 	  $(RUN) benchmarks/integrations/$${host%-*}.py $(ARGS); done
 
 bench: build

@@ -3,7 +3,8 @@
 The self-check runs every operator on every backend that is available, on its float32 samples,
 forward and gradient, against the reference in float64, in seconds. Exit status 1: an error is above
 twice that of the plain formula (the reference in float32) plus the operator's absolute term; or a
-library is built and does not load.
+library is built and does not load. It also calls the adapters of the libraries that are installed
+beside this one, which it imports.
 
 ``python -m rlhf_kernels integrations``: what the adapters would replace in the trainers that are
 installed beside this package, and what they leave alone and why. It imports these trainers.
@@ -142,6 +143,22 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"  {line}".rstrip() for line in lines]
 
 
+def check_adapters() -> tuple[list[str], bool]:
+    """Library x what its adapter finds there; and whether none of them is broken."""
+    rows, good = [], True
+    for name in ("transformers", *ADAPTERS):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # nothing, or a mere folder of that name
+            rows.append([name, "not installed"])
+            continue
+        try:
+            said = importlib.import_module(f"rlhf_kernels.integrations.{name}").check()
+        except Exception as error:  # is reported; the other adapters are still checked
+            said, good = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())}", False
+        rows.append([name, said])
+    return _columns(rows), good
+
+
 def integrations() -> int:
     for name in ADAPTERS:
         adapter = importlib.import_module(f"rlhf_kernels.integrations.{name}")
@@ -161,8 +178,11 @@ def main(arguments: Sequence[str] = ()) -> int:
     if faulty:  # what is not there cannot be checked, and is no success
         lines, good = [*lines, *faulty], False
     print("Self-check, largest error against float64 (float32, forward and gradient):")
-    print(*lines, "", "all checks passed" if good else "a check FAILED", sep="\n")
-    return 0 if good else 1
+    print(*lines, "", sep="\n")
+    lines, sound = check_adapters()
+    print("Adapters, in the libraries that are installed beside this one:", *lines, "", sep="\n")
+    print("all checks passed" if good and sound else "a check FAILED")
+    return 0 if good and sound else 1
 
 
 if __name__ == "__main__":

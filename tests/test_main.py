@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -56,6 +59,45 @@ def test_integrations_are_surveyed(capsys):
         assert (f"{name} is not installed\n" in text) == (find_spec(name) is None)
     assert report.main(["integration"]) == 2
     assert "got integration" in capsys.readouterr().err
+
+
+def adapter_line(text: str, name: str) -> str:
+    _, _, below = text.partition("Adapters, in the libraries")
+    (line,) = (line for line in below.splitlines() if line.startswith(f"  {name} "))
+    return line
+
+
+@pytest.mark.parametrize("where", ["logprob", "patch", "import"])
+def test_an_adapter_that_is_broken_turns_the_check_red(monkeypatch, capsys, where):
+    """24. The adapters are called: transformers 5.24 broke one, and all was said to be well."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    adapter = importlib.import_module("rlhf_kernels.integrations.transformers")
+    monkeypatch.setattr(report, "SPECS", (SPEC,))
+    assert report.main() == 0
+    line = adapter_line(capsys.readouterr().out, "transformers")
+    assert version("transformers") in line and "FAILED" not in line
+    if where == "logprob":
+        ours = adapter.linear_logprob
+        worse = lambda *args, **options: type(out := ours(*args, **options))(out[0] + 1e-6, out[1])  # noqa: E731
+        monkeypatch.setattr(adapter, "linear_logprob", worse)
+    elif where == "patch":
+
+        def output(values):
+            raise TypeError("unexpected keyword argument 'cache'\non another line")
+
+        monkeypatch.setattr(adapter, "_logprob_output_of", output)
+    else:
+        monkeypatch.setitem(sys.modules, adapter.__name__, None)
+    assert report.main() == 1
+    text = capsys.readouterr().out
+    assert text.endswith("a check FAILED\n")
+    message = {
+        "logprob": "error 1.0e-06",
+        "patch": "'cache' on another line",
+        "import": adapter.__name__,
+    }
+    assert "FAILED" in adapter_line(text, "transformers")
+    assert message[where] in adapter_line(text, "transformers")
 
 
 def wrong_on_cpu(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

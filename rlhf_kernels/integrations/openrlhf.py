@@ -33,6 +33,7 @@ import math
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -509,9 +510,12 @@ def _later(kind: Any) -> type:
         return method
 
     def getitem(self: Any, key: Any) -> Any:
-        if isinstance(key, str) and key != "logits":
-            return dict.__getitem__(self, key)
-        return made("__getitem__")(self, key)
+        if not isinstance(key, str) or key == "logits":
+            return made("__getitem__")(self, key)
+        as_it_is = kind.__new__(kind)  # its own class knows the names that a key had before
+        for name, value in OrderedDict.items(self):
+            OrderedDict.__setitem__(as_it_is, name, value)
+        return as_it_is[key]
 
     def get_item_or(self: Any, key: Any, default: Any = None) -> Any:
         try:
@@ -628,4 +632,4 @@ _host = patching.add(
     )
 )
 patch, unpatch, patched = _host.patch, _host.unpatch, _host.patched
-report, survey = _host.report, _host.survey
+report, survey, check = _host.report, _host.survey, _host.check

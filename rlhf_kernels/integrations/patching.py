@@ -14,6 +14,7 @@ report says why.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -100,6 +101,7 @@ class _Swap:
     path: str
     original: Any
     ours: Any
+    inherited: bool  # by the class that has ours now
 
 
 @dataclass
@@ -241,6 +243,27 @@ class Host:
                 entry.status, entry.reason = "left alone", problems[module]
         return report
 
+    def check(self) -> str:
+        """What ``survey`` finds, in a line. In a version that was tested, where ``patch`` compares
+        nothing, each function that has a replacement is called beside it.
+
+        Raises:
+            RuntimeError: naming those that fail where the host's do not, or give something else.
+        """
+        with warnings.catch_warnings():  # of an unknown version
+            warnings.simplefilter("ignore")
+            report = self.survey()
+        version = self.version()
+        if version is None:
+            return "not installed"
+        items = self._items if self._known(version) else []
+        with torch.compiler.set_stance("force_eager"):
+            broken = [f"{item.path} {why}" for item in items if (why := self._broken(item))]
+        if broken:
+            raise RuntimeError("; ".join(broken))
+        taken = sum(entry.status in ("replaced", "added") for entry in report)
+        return f"{version}: {taken} of {len(self._items)} functions can be replaced"
+
     def version(self) -> str | None:
         """Of the installed host; None: it is not installed."""
         try:
@@ -342,8 +365,12 @@ class Host:
         if isinstance(item, Addition):
             self._added[item.path] = item.put(module, ours)
             return None
+        if _named(function) is not original:  # a bound method: by its name pickle finds no function
+            ours.__module__, ours.__qualname__ = module.__name__, name
         ours = staticmethod(ours) if isinstance(original, staticmethod) else ours
-        swap = _Swap(item.path, original, ours)
+        owner, _, attribute = name.rpartition(".")
+        inherited = bool(owner) and attribute not in vars(_find(module, owner))
+        swap = _Swap(item.path, original, ours, inherited)
         places = self._places(swap, of="original")
         self._swaps.append(swap)
         try:
@@ -354,9 +381,28 @@ class Host:
             raise
         return None
 
+    def _broken(self, item: Replacement | Addition) -> str | None:
+        """In what ours is wrong, on the calls that the host's function serves here."""
+        module = sys.modules.get(item.module)
+        original = _find(module, item.like if isinstance(item, Addition) else item.name)
+        if original is None:
+            return None
+        function = original.__func__ if isinstance(original, staticmethod) else original
+        calls = {item.signature: item.calls, **item.also}.get(signature_of(function))
+        if calls is None:
+            return None
+        try:
+            ours = item.make(function, self._strict)
+        except Exception as error:
+            return f"cannot be replaced: {error!r}"
+        return _differ(functools.partial(_served, calls, function), function, ours)
+
     def _put_back(self, swap: _Swap) -> None:
         for holder, name in self._places(swap):
-            setattr(holder, name, swap.original)
+            if swap.inherited:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, swap.original)
 
     def _places(self, swap: _Swap, of: str = "ours") -> list[tuple[Any, str]]:
         """Where the host has ours, or the original: (module or class, attribute)."""
@@ -410,6 +456,12 @@ def _find(module: Any, name: str) -> Any:
     return found
 
 
+def _named(function: Any) -> Any:
+    """What pickle finds under the function's name."""
+    module, name = (getattr(function, x, "") for x in ("__module__", "__qualname__"))
+    return _find(sys.modules.get(module), name)
+
+
 def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:
     """In what, on those calls; the random state of the caller stays what it was."""
     theirs, ours = getattr(theirs, "apply", theirs), getattr(ours, "apply", ours)
@@ -427,6 +479,17 @@ def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:
             if not _agree(*results):
                 return "gives something else"
     return None
+
+
+def _served(calls: Calls, theirs: Any) -> Iterator[tuple[Any, ...]]:
+    """Those of the calls on which the host's does not fail, as it may without a GPU."""
+    theirs = getattr(theirs, "apply", theirs)
+    for args, kwargs, *leaves in calls():
+        try:
+            _with_gradients(theirs, args, kwargs, leaves[0] if leaves else [])
+        except Exception:
+            continue
+        yield args, kwargs, *leaves
 
 
 def _with_gradients(

@@ -16,10 +16,11 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -44,15 +45,31 @@ class LMHead(NamedTuple):
 
 @dataclass
 class LogprobOutput(ModelOutput):
-    """What a patched model returns; the fields after the entropy are those of its own output."""
+    """What a patched model returns; after the entropy come the fields of its own output but its
+    logits, whatever this version of transformers calls them."""
 
     logprob: Tensor | None = None
     entropy: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    aux_loss: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, args, *state = super().__reduce__()
+        names = tuple(field.name for field in fields(self))
+        return _logprob_output_of, (dict(zip(names, args, strict=True)),), *state
+
+
+def _logprob_output_of(values: dict[str, Any]) -> LogprobOutput:
+    """One that has these fields."""
+    others = tuple(name for name in values if name not in ("logprob", "entropy"))
+    output: LogprobOutput = _output_class(others)(**values)
+    return output
+
+
+@functools.cache
+def _output_class(others: tuple[str, ...]) -> Any:
+    """A dataclass with these fields too: what pytrees, data parallelism and copies go by."""
+    declared = [(name, Any, field(default=None)) for name in others]
+    here = {"__module__": __name__}
+    return make_dataclass("LogprobOutput", declared, bases=(LogprobOutput,), namespace=here)
 
 
 def logprob_forward(
@@ -228,6 +245,49 @@ if hasattr(os, "register_at_fork"):  # a child must not wait for a thread of its
     )
 
 
+def check() -> str:
+    """Whether this version of transformers is served, in a line: of a small model log-probs,
+    entropy and gradients, of ``logprob_forward`` and of a patched model.
+
+    Raises:
+        RuntimeError: they are not those of the model's own logits.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.default_generator.manual_seed(0)
+        model = _small_model()
+        ids = torch.randint(model.config.vocab_size, (2, 7))
+        logp = model(ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        logprob = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        own = _with_gradients(model, logprob, -(logp.exp() * logp).sum(-1))
+        with patched(model):
+            output = model(input_ids=ids, return_logprob=True, with_entropy=True)
+        called = logprob_forward(model, ids, with_entropy=True)
+        for name, result in (("logprob_forward", called), ("patch", output.to_tuple()[:2])):
+            found = zip(_with_gradients(model, *result), own, strict=True)
+            error = max(float((got - want).detach().abs().max()) for got, want in found)
+            if not error <= 1e-10:
+                raise RuntimeError(f"{name}: error {error:.1e} against the model's own logits")
+    return f"{transformers.__version__}: log-probs and gradients are those of a model's own logits"
+
+
+def _small_model() -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def _with_gradients(model: nn.Module, logprob: Tensor, entropy: Tensor) -> list[Tensor]:
+    """Both, and the gradients of a sum that weighs them differently."""
+    total = logprob.sum() - 2 * entropy.square().sum()
+    return [logprob, entropy, *torch.autograd.grad(total, list(model.parameters()))]
+
+
 def _causal_lm(model: nn.Module) -> Any:
     """The model, or the one that it wraps."""
     if isinstance(model, nn.Module):
@@ -299,8 +359,9 @@ def _logprob_output(
             hidden[:, : tokens.shape[1]], tokens=tokens, **head._asdict(), **options
         )
     logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
-    own = "past_key_values hidden_states attentions router_logits aux_loss".split()
-    return LogprobOutput(logprob, entropy, **{name: getattr(output, name, None) for name in own})
+    others = [f.name for f in fields(output)] if is_dataclass(output) else []
+    own = {name: getattr(output, name) for name in others if name != "logits"}
+    return _logprob_output_of(own | {"logprob": logprob, "entropy": entropy})
 
 
 def _next_tokens(lm: PreTrainedModel, given: dict[str, Any], ignore_index: int) -> Tensor:

@@ -45,6 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import FunctionMeta
 
 from rlhf_kernels import checks, full_weight, token_logprob
 from rlhf_kernels.autograd import not_compiled, once_differentiable
@@ -213,15 +214,31 @@ def _serves_head(hidden: Any, weight: Any, bias: Any, tokens: Any, numbers: Sequ
     return not _can_look(tokens) or not bool(((tokens < 0) | (tokens >= weight.shape[0])).any())
 
 
-class _Applied:
-    """In the place of an autograd function: ``apply`` is ours."""
+class _InPlaceOf(FunctionMeta):
+    """Kind of a class that stands in the place of its base: what is a subclass of the one is one
+    of the other. To torch.compile it is no autograd function: it traces our ``apply``."""
 
-    def __init__(self, original: Any, apply: Callable[..., Any]):
-        self.forward, self.backward, self.apply = original.forward, original.backward, apply
-        self.__module__, self.__qualname__ = original.__module__, original.__qualname__
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]):
+        super().__init__(name, bases, namespace)
+        if any(isinstance(base, _InPlaceOf) for base in bases):  # somebody's own, as if of the base
+            cls.__class__ = FunctionMeta  # type: ignore[assignment]
 
-    def __reduce__(self) -> str:
-        return self.__qualname__  # by name, as the original
+    def __subclasscheck__(cls, other: type) -> bool:
+        base: Any = cls.__base__
+        return issubclass(other, base)
+
+
+def _applied(original: Any, apply: Callable[..., Any]) -> Any:
+    """A subclass of an autograd function that differs in its ``apply``; its own subclasses, which
+    may have another ``forward``, do not."""
+
+    def applied(cls, *args, **kwargs):
+        return apply(*args, **kwargs) if cls is ours else super(ours, cls).apply(*args, **kwargs)
+
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    functools.update_wrapper(applied, original.apply)
+    ours: Any = _InPlaceOf(original.__name__, (original,), names | {"apply": classmethod(applied)})
+    return ours
 
 
 def _head(original: Any, strict: bool) -> Any:
@@ -285,7 +302,7 @@ def _head(original: Any, strict: bool) -> Any:
         results = scored(*args)
         return original.apply(*args) if results is None else results
 
-    return _Applied(original, apply_old if old else apply)
+    return _applied(original, apply_old if old else apply)
 
 
 # ---- functions of the logits --------------------------------------------------------------------
@@ -560,5 +577,5 @@ _host = patching.add(
     )
 )
 patch, unpatch, patched = _host.patch, _host.unpatch, _host.patched
-report, survey = _host.report, _host.survey
-__all__ = ["patch", "patched", "report", "survey", "unpatch"]
+report, survey, check = _host.report, _host.survey, _host.check
+__all__ = ["check", "patch", "patched", "report", "survey", "unpatch"]

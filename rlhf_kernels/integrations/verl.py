@@ -56,7 +56,7 @@ from rlhf_kernels.masked_mean import masked_mean
 from rlhf_kernels.policy_loss import policy_loss
 from rlhf_kernels.token_logprob import token_logprob
 
-__all__ = ["patch", "patched", "report", "survey", "unpatch"]
+__all__ = ["check", "patch", "patched", "report", "survey", "unpatch"]
 
 EPS = 1e-8  # what verl adds to a variance
 LOG_RATIO_CLAMP = 20.0
@@ -724,4 +724,4 @@ _host = patching.add(
 )
 
 patch, unpatch, patched = _host.patch, _host.unpatch, _host.patched
-report, survey = _host.report, _host.survey
+report, survey, check = _host.report, _host.survey, _host.check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -16,6 +17,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import faces
 import pytest
 import torch
 from torch import nn
@@ -67,6 +69,11 @@ def one_thread():
     torch.set_num_threads(threads)
     adapter.unpatch()
     assert Actor.forward is ORIGINALS["Actor.forward"]
+
+
+def test_what_is_replaced_looks_as_it_did():
+    """25. Types, signatures, names, pickles: what is not called is the host's."""
+    faces.assert_host_keeps_its_face(HOST, len(HOST.replacements))
 
 
 class Never(Exception):
@@ -663,7 +670,10 @@ def test_outputs_without_logits_are_outputs_else():
     kind = transformers.modeling_outputs.CausalLMOutputWithPast
     assert isinstance(output, kind) and output.past_key_values is not None
     assert output.get("aux_loss") is None and output.get("none", 3) == 3
-    assert output["past_key_values"] is output.past_key_values
+    assert output["past_key_values"] is output.past_key_values is output.get("past_key_values")
+    held = {name: getattr(output, name) for name in output if name != "logits"}
+    assert held and all(output[name] is output.get(name) is x for name, x in held.items())
+    assert "past_key_values" in output and "nothing" not in output
     assert type(output) is not kind  # none of it has asked for logits
     with pytest.raises(KeyError):
         output["aux_loss"]
@@ -673,6 +683,25 @@ def test_outputs_without_logits_are_outputs_else():
     output.past_key_values = None  # which can be pickled
     again = pickle.loads(pickle.dumps(output.copy()))
     assert torch.equal(again.logits, output.logits) and not output.logits.requires_grad
+
+
+def test_keys_that_were_renamed_are_found_without_logits():
+    """As of transformers 5.24, where past_key_values is an old name of cache."""
+
+    @dataclasses.dataclass
+    class Renamed(transformers.utils.ModelOutput):
+        logits: torch.Tensor | None = None
+        now: torch.Tensor | None = None
+
+        def __getitem__(self, key):
+            return super().__getitem__("now" if key == "before" else key)
+
+    output, made = Renamed(torch.zeros(3), now=torch.ones(2)), torch.ones(3)
+    vars(output).pop("logits")
+    output.__class__ = adapter._later(Renamed)
+    output.make_logits = lambda: made
+    assert output["before"] is output["now"] is output.get("before") is output.now
+    assert type(output) is not Renamed and output["logits"] is made and type(output) is Renamed
 
 
 def test_actor_without_actions_and_log_probs_is_the_original(served):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.abc
 import importlib.util
 import inspect
 import os
+import pickle
 import sys
 import threading
 import types
@@ -176,6 +178,46 @@ def test_survey_imports_and_leaves_the_host_as_it_was(host):
     report = host.survey()
     assert {e.path: e.status for e in report}["fakehost.core:double"] == "replaced"
     assert not hasattr(load("core").double, "seen")
+
+
+def test_check_calls_what_is_replaced(host, monkeypatch):
+    """24. In a tested version too, where ``patch`` compares nothing."""
+    double, half = host.replacements[0], host.replacements[3]
+    monkeypatch.setattr(host, "additions", ())
+    monkeypatch.setattr(host, "replacements", [double, half])
+    assert host.check() == "1.2.3: 2 of 2 functions can be replaced"
+
+    def wrong(original, strict):
+        return lambda x, factor=2.0: x + factor + 1
+
+    def raises(original, strict):
+        raise AttributeError("no such thing")
+
+    for make, why in (
+        (wrong, "gives something else"),
+        (raises, "cannot be replaced: AttributeErr"),
+    ):
+        broken = [dataclasses.replace(double, make=make), half]
+        monkeypatch.setattr(host, "replacements", broken)
+        with pytest.raises(RuntimeError, match=f"fakehost.core:double {why}"):
+            host.check()
+    monkeypatch.setattr(host, "version", lambda: "1.3.0")  # there ``patch`` compares
+    broken[0] = dataclasses.replace(double, make=wrong)
+    assert host.check() == "1.3.0: 1 of 2 functions can be replaced"
+    assert not hasattr(load("core").double, "seen")
+
+
+def test_check_passes_by_calls_that_the_host_does_not_serve(host, monkeypatch):
+    """As verl's own kernel on a CPU."""
+    core = load("core")
+
+    def fails(x, factor=2.0):
+        raise RuntimeError("a GPU is needed")
+
+    monkeypatch.setattr(core, "double", fails)
+    monkeypatch.setattr(host, "replacements", [host.replacements[0]])
+    monkeypatch.setattr(host, "additions", ())
+    assert host.check() == "1.2.3: 1 of 1 functions can be replaced"
 
 
 def test_patch_is_idempotent_and_nests(host):
@@ -610,6 +652,35 @@ def test_a_child_process_does_not_wait_for_the_parents_lock(host):
         go.set()
         thread.join()
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_what_takes_the_place_of_a_bound_method_is_pickled_by_where_it_is(host, monkeypatch):
+    """25. verl.utils.kernel holds the ``apply`` of a class under a name of its own."""
+    core = load("core")
+    core.tripled = original = core.Maker().triple
+
+    def make(function, strict):
+        return functools.wraps(function)(lambda x: x + x + x)
+
+    made = Replacement("fakehost.core:tripled", "(x)", make, one_call, "triples")
+    monkeypatch.setattr(host, "replacements", [made])
+    with host.patched():
+        assert (
+            core.tripled is not original
+            and pickle.loads(pickle.dumps(core.tripled)) is core.tripled
+        )
+    assert core.tripled is original
+
+
+def test_unpatch_leaves_a_method_inherited_that_was(host, monkeypatch):
+    core = load("core")
+    core.Child = type("Child", (core.Maker,), {})
+    (half,) = (r for r in host.replacements if r.name == "Maker.half")
+    made = dataclasses.replace(half, path="fakehost.core:Child.half")
+    monkeypatch.setattr(host, "replacements", [made])
+    with host.patched():
+        assert "half" in vars(core.Child) and core.Child.half is not core.Maker.half
+    assert "half" not in vars(core.Child) and core.Child.half is core.Maker.half
 
 
 def test_signature_is_names_kinds_and_defaults():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import pickle
 import subprocess
 import sys
 import threading
@@ -65,6 +67,7 @@ FAMILIES = {
         (1.0, 5.0),
     ),
     "nanochat": ({**HEAD_DIM, "final_logit_softcapping": 4.0}, (1.0, 4.0)),
+    "mamba": ({"state_size": 4}, (1.0, None)),  # a state in place of keys and values
     "hyperclovax": ({"logits_scaling": 0.5}, (0.5, None)),
 }
 
@@ -368,7 +371,7 @@ def test_an_error_leaves_the_model_as_it_was():
     own = model(input_ids).logits
     with pytest.raises(ValueError, match=r"tokens: expected shape \(3, 9\) or \(3, 8\), as the mo"):
         logprob_forward(model, input_ids, mask, tokens=input_ids[:, :5])
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, AttributeError)):  # the model's own, as its version has it
         logprob_forward(model, input_ids, mask, nonsense=lambda: 0, position_ids="none")
     assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
     assert torch.equal(model(input_ids).logits, own)
@@ -423,6 +426,55 @@ def test_auxiliary_loss_of_experts():
     with patched(model):
         out = model(input_ids, attention_mask=mask, output_router_logits=True, return_logprob=True)
     assert torch.equal(out.aux_loss, own.aux_loss)
+
+
+def own_fields(output):
+    """What a model of this version of transformers returns beside its logits."""
+    names = [field.name for field in dataclasses.fields(output)]
+    return {name: getattr(output, name) for name in names if name != "logits"}
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "mamba"])
+def test_the_other_fields_of_the_output_keep_their_names(family):
+    """Versions of transformers name them differently (5.24: cache, before: past_key_values)."""
+    model, (input_ids, _) = make(family), batch()
+    patch(model)
+    own = own_fields(model(input_ids, output_hidden_states=True))
+    out = model(input_ids, output_hidden_states=True, use_cache=True, return_logprob=True)
+    got = own_fields(out)
+    assert isinstance(out, LogprobOutput) and list(got) == ["logprob", "entropy", *own]
+    assert all(type(got[name]) is type(x) for name, x in own.items())
+    assert sum(x is not None for x in own.values()) >= 2  # hidden states, and a cache
+
+
+@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle", "pytree", "from its items"])
+def test_the_output_can_be_copied_and_flattened(how):
+    """As data parallelism does, and whoever sends it to another process."""
+
+    @dataclasses.dataclass
+    class Output(transformers.utils.ModelOutput):
+        logits: torch.Tensor | None = None
+        unheard_of: torch.Tensor | None = None
+        entropy: str | None = None
+        absent: torch.Tensor | None = None
+
+    model, (input_ids, mask) = changed(lambda model, z: z), batch()
+    inner = type(model).forward
+    type(model).forward = lambda self, *args, **kwargs: Output(
+        inner(self, *args, **kwargs).logits, unheard_of=torch.ones(2), entropy="not ours"
+    )
+    with patched(model), torch.no_grad():  # torch copies no others deeply
+        out = model(input_ids=input_ids, attention_mask=mask, return_logprob=True)
+    assert list(out) == ["logprob", "unheard_of"] and out.absent is None is out.entropy
+    again = {
+        "copy": copy.copy,
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+        "pytree": lambda x: torch.utils._pytree.tree_map(lambda leaf: leaf, x),
+        "from its items": lambda x: type(x)((key, x[key]) for key in x),
+    }[how](out)
+    assert type(again) is type(out) and list(again) == list(out) and again.absent is None
+    assert torch.equal(again.logprob, out[0]) and torch.equal(again["unheard_of"], torch.ones(2))
 
 
 class Wrapper(nn.Module):

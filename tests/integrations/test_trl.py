@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import faces
 import pytest
 import torch
 
@@ -589,6 +590,33 @@ def test_entropies_may_be_written_to(patched):
             function(leaf).mul_(2).sum().backward()
             grads.append(leaf.grad)
         torch.testing.assert_close(*grads)
+
+
+def test_what_is_replaced_looks_as_it_did():
+    """25. Types, signatures, names, pickles, subclasses: what is not called is the host's."""
+    faces.assert_host_keeps_its_face(adapter._host, 3 if OLD else 4)
+
+
+def test_the_public_name_of_the_head_is_a_class(patched):
+    """25. ``trl.kernels.ChunkedLogProbFunction`` was an instance while patched."""
+    public = (
+        utils._ChunkedLogProbFunction
+        if OLD
+        else importlib.import_module("trl.kernels").ChunkedLogProbFunction
+    )
+    assert isinstance(public, type) and issubclass(public, torch.autograd.Function)
+    assert public is utils._ChunkedLogProbFunction
+
+    class Doubled(public):
+        """Of somebody who changes what goes in and what comes out."""
+
+        @staticmethod
+        def forward(ctx, hidden, *rest):
+            return tuple(None if x is None else 2 * x for x in public.forward(ctx, hidden, *rest))
+
+    case, _ = head_case(1, torch.float32)
+    for got, once in zip(apply_head(Doubled, *case)[:2], apply_head(HEAD, *case), strict=False):
+        torch.testing.assert_close(got, 2 * once)
 
 
 def test_the_head_is_pickled_by_name(patched):

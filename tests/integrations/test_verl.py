@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import faces
 import pytest
 import torch
 
@@ -698,6 +699,12 @@ def test_an_unknown_version_with_another_policy_loss_gets_none(monkeypatch, wron
 
 
 # ---- where it is called from --------------------------------------------------------------------
+
+
+def test_what_is_replaced_looks_as_it_did():
+    """25. Types, signatures, names, pickles: what is not called is the host's."""
+    faces.assert_host_keeps_its_face(adapter._host, len(adapter._host.replacements))
+
 
 IMPORTERS = [
     "verl.trainer.ppo.ray_trainer",
