@@ -1,4 +1,4 @@
-"""OpenRLHF 0.11 on the kernels of this library. One line, in every process that trains:
+"""OpenRLHF 0.9 to 0.11 on the kernels of this library. One line, in every process that trains:
 
     rlhf_kernels.integrations.openrlhf.patch()
 
@@ -18,6 +18,9 @@ Results have the host's dtypes and shapes; 16-bit results are rounded once, from
 entropy is NaN where a token is banned (logit -inf); so is ours, but ``Actor.forward`` looks for
 -inf in the bias of the head only. With ``strict=False`` a banned token adds 0, and
 ``Actor.forward`` leaves masked actions out of the head, and gives 0 there whatever the model gives.
+
+Up to OpenRLHF 0.11.1 ``Actor.forward`` takes the entropy of the logits before it divides them by
+the temperature, and so does ours, by a second sweep where that is not 1.
 
 Nothing of ours can be differentiated twice. Log-probs of 16-bit logits keep the logits for the
 backward, the host keeps their log-softmax: logits must not be written to before the backward.
@@ -133,6 +136,34 @@ def _random(*shape: int) -> Tensor:
 
 
 def _compute_approx_kl(original: Any, strict: bool) -> Any:
+    far = torch.full((1,), -100.0, requires_grad=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        (gradient,) = torch.autograd.grad(original(far, -far.detach(), kl_estimator="k3"), far)
+    overflows = bool(gradient.isnan())  # up to 0.11.1
+
+    def score(log_probs: Any, log_probs_base: Any) -> Tensor | None:
+        """k3, or None: the original has to."""
+        if not _runs("kl_estimate", log_probs, log_probs_base):
+            return None
+        if log_probs.shape != log_probs_base.shape:
+            return None
+        p, q = log_probs.float(), log_probs_base.float()
+        nothing: Tensor | float = 0.0
+        if strict and overflows:
+            p = p - q
+            q = torch.zeros_like(p)
+            nothing = ((-p).exp() + p).clamp(max=0)  # but NaN, or with such a gradient, as there
+        elif strict and torch.is_grad_enabled() and (p.requires_grad or q.requires_grad):
+            p = (p - q).clamp(min=-10)  # no gradient where it is NaN
+            q = torch.zeros_like(p)
+        # This clamp only keeps exp from overflow: below -3 and above 11 the next one binds.
+        return kl_estimate(p, q, kind="k3", clamp=20.0).clamp(max=10) + nothing
+
+    @functools.wraps(original)
+    def old(log_probs: Tensor, log_probs_base: Tensor, kl_estimator: str = "k1") -> Tensor:
+        kl = score(log_probs, log_probs_base) if kl_estimator == "k3" else None
+        return original(log_probs, log_probs_base, kl_estimator) if kl is None else kl
+
     @functools.wraps(original)
     def compute_approx_kl(
         log_probs: Tensor,
@@ -142,26 +173,18 @@ def _compute_approx_kl(original: Any, strict: bool) -> Any:
         unbiased_gradient: bool = False,
     ) -> Tensor:
         ours = kl_estimator == "k3" and not unbiased_gradient
-        if (
-            not ours
-            or not _runs("kl_estimate", log_probs, log_probs_base)
-            or log_probs.shape != log_probs_base.shape
-        ):
-            return original(
-                log_probs, log_probs_base, log_probs_old, kl_estimator, unbiased_gradient
-            )
-        p, q = log_probs.float(), log_probs_base.float()
-        if strict and torch.is_grad_enabled() and (p.requires_grad or q.requires_grad):
-            p = (p - q).clamp(min=-10)  # no gradient where it is NaN
-            q = torch.zeros_like(p)
-        # This clamp only keeps exp from overflow: below -3 and above 11 the next one binds.
-        return kl_estimate(p, q, kind="k3", clamp=20.0).clamp(max=10)
+        kl = score(log_probs, log_probs_base) if ours else None
+        if kl is not None:
+            return kl
+        return original(log_probs, log_probs_base, log_probs_old, kl_estimator, unbiased_gradient)
 
-    return compute_approx_kl
+    # Up to 0.11.0 it knows of no old log-probs.
+    takes = inspect.signature(original).parameters
+    return compute_approx_kl if "log_probs_old" in takes else old
 
 
 def _calls_of_kl() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    log_ratio = torch.tensor([[0.0, 0.5, -2.0, -5.0, -50.0, 8.0, 10.5, 30.0]])
+    log_ratio = torch.tensor([[0.0, 0.5, -2.0, -5.0, -50.0, -100.0, 8.0, 10.5, 30.0]])
     for estimator in ("k1", "k3"):
         args = log_ratio.requires_grad_(), torch.zeros_like(log_ratio)
         yield args, {"kl_estimator": estimator}
@@ -233,6 +256,9 @@ def _calls_of_gae(*names: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]
 
 
 def _forward(original: Any, strict: bool) -> Any:
+    # Since 0.11.2 the logits are divided before their entropy is taken, and not after it.
+    scales_first = "div_" in inspect.unwrap(original).__code__.co_names
+
     @functools.wraps(original)
     def forward(
         self: Any,
@@ -256,7 +282,8 @@ def _forward(original: Any, strict: bool) -> Any:
         ):
             packing = _packing(original, ring_attn_group) if self.packing_samples else None
             batch = sequences, action_mask, attention_mask
-            result = _serve(self, *batch, return_output, return_entropy, packing, strict)
+            asked = return_output, return_entropy
+            result = _serve(self, *batch, *asked, packing, strict, scales_first)
             if result is not None:
                 return result
         return original(
@@ -355,6 +382,7 @@ def _serve(
     return_entropy: bool,
     packing: _Packing | None,
     strict: bool,
+    scales_first: bool,
 ) -> Any:
     """What ``forward`` returns, or None: the original has to."""
     # The host gives none: None is as the configuration says. Without the output nobody sees it,
@@ -375,16 +403,22 @@ def _serve(
     if ran is None:
         return None
     options = ran.head._asdict() | {
-        "temperature": actor.temperature,
+        "tokens": layout.tokens,
         "ignore_index": layout.ignore_index,
-        "with_entropy": return_entropy,
     }
+    hidden, temperature = ran.hidden[:, layout.scored], actor.temperature
+    at_once = return_entropy and (scales_first or temperature == 1)
     try:
         with ran.autocast:
-            result = linear_logprob(ran.hidden[:, layout.scored], tokens=layout.tokens, **options)
+            result = linear_logprob(
+                hidden, **options, temperature=temperature, with_entropy=at_once
+            )
+            logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
+            if return_entropy and not at_once:
+                unscaled: Any = linear_logprob(hidden, **options, with_entropy=True)
+                entropy = unscaled.entropy
     except IndexError:  # the embedding has more tokens than the head
         return None
-    logprob, entropy = result if isinstance(result, TokenLogprob) else (result, None)
     head = ran.head
     if strict and entropy is not None and head.bias is not None and head.softcap is None:
         banned = full_weight(head.bias).detach().isneginf().any()
@@ -537,6 +571,7 @@ def _calls_of_forward() -> Iterator[tuple[Any, ...]]:
 
     torch.default_generator.manual_seed(0)  # of the CPU alone, which the caller puts back
     config = LlamaConfig(
+        use_cache=False,
         vocab_size=37,
         hidden_size=16,
         intermediate_size=16,
@@ -553,25 +588,31 @@ def _calls_of_forward() -> Iterator[tuple[Any, ...]]:
         actor = types.SimpleNamespace(model=model, temperature=0.7, packing_samples=packing)
         yield (actor, sequences, action_mask, attention_mask), {}, weights
         yield (actor, sequences, None, attention_mask), {"return_logprobs": True}, weights
+        asked = {"return_output": True, "return_entropy": True}
+        yield (actor, sequences, action_mask, attention_mask), asked, weights
 
 
 # ---- the host ----------------------------------------------------------------------------------
 
 _MAKER = "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker"
-_OWN_LOSS = "the host has no registry of losses, and its own stays its own"
+_FORWARD = (
+    "(self, sequences, action_mask=None, attention_mask=None, return_output=False, "
+    "allgather_logits=False, return_logprobs=False, ring_attn_group=None, packed_seq_lens=None, "
+    "return_entropy=False"
+)
+_OWN_LOSS = "a loss of its own: OpenRLHF has no registry where another could be chosen"
 _host = patching.add(
     patching.Host(
         "openrlhf",
-        [(0, 11)],
+        [(0, 11, 2)],
         [
             patching.Replacement(
                 "openrlhf.models.actor:Actor.forward",
-                "(self, sequences, action_mask=None, attention_mask=None, return_output=False, "
-                "allgather_logits=False, return_logprobs=False, ring_attn_group=None, "
-                "packed_seq_lens=None, return_entropy=False, **mm_inputs)",
+                f"{_FORWARD}, **mm_inputs)",
                 _forward,
                 _calls_of_forward,
                 "log-probs and entropy from hidden states, without logits",
+                {f"{_FORWARD})": _calls_of_forward},  # up to 0.9
             ),
             patching.Replacement(
                 "openrlhf.models.utils:log_probs_from_logits",
@@ -594,6 +635,7 @@ _host = patching.add(
                 _compute_approx_kl,
                 _calls_of_kl,
                 "k3 without cancellation",
+                {"(log_probs, log_probs_base, kl_estimator='k1')": _calls_of_kl},  # up to 0.11.0
             ),
             patching.Replacement(
                 f"{_MAKER}.get_advantages_and_returns",
@@ -613,10 +655,10 @@ _host = patching.add(
             ),
         ],
         {
-            "openrlhf.models.utils:masked_mean": "the host gives NaN for an empty mask and for a "
+            "openrlhf.models.utils:masked_mean": "OpenRLHF gives NaN for an empty mask and for a "
             "NaN at a masked place; the passes that match it are what ours saves (0.05 ms of 0.08 "
             "at 64 x 1024)",
-            "openrlhf.models.utils:compute_reward": "the host keeps the KL of masked places, and "
+            "openrlhf.models.utils:compute_reward": "OpenRLHF keeps the KL of masked places, and "
             "gives a score to a sequence without actions; 0.2 ms at 64 x 1024",
             "openrlhf.models.utils:masked_normalize": "the trainers do not use it",
             f"{_MAKER}.compute_advantages_and_returns": "its whitening is inline, over all "

@@ -7,8 +7,8 @@ matter, and nothing of the host is imported for it.
 
 What is replaced is checked first: the function has to have the signature that the replacement was
 written for, and in a version of the host that was not tested it also has to give the values and
-gradients that the replacement gives on a few small calls. What does not pass is left alone, and the
-report says why.
+gradients that the replacement gives on a few small calls on the CPU. What does not pass is left
+alone, and the report says why in words; errors behind it are logged at level DEBUG.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import math
 import os
 import sys
@@ -35,6 +36,11 @@ import torch
 from torch import Tensor
 
 Calls = Callable[[], Iterator[tuple[Any, ...]]]  # of (args, kwargs) or (args, kwargs, leaves)
+_log = logging.getLogger(__name__)
+
+
+class LeftAlone(Exception):
+    """Raised by ``make`` or ``put``: why a function is left alone, as a sentence of the report."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,15 @@ class Replacement:
     Attributes:
         path: "package.module:name"; the name may be one of a class, "Class.method".
         signature: ``str(inspect.signature(function))`` without annotations and quotes; of an
-            autograd function that of its ``forward``.
+            autograd function, or its ``apply``, that of its ``forward``.
         make: called as make(original, strict); returns the function that takes its place.
         calls: (args, kwargs) of small calls on the CPU on which the two have to agree, also in the
             gradients of the tensors that require them, and of others in a third place.
         what: what is computed, for the report.
         also: other signatures that it serves, each with its calls.
+        formula: what it computes, in plain PyTorch. For a function that takes no CPU tensors in
+            the host, and whose replacement serves no others: where the host's raises on the calls,
+            the replacement is compared with this.
     """
 
     path: str
@@ -58,6 +67,7 @@ class Replacement:
     calls: Calls
     what: str
     also: Mapping[str, Calls] = field(default_factory=dict)
+    formula: Callable[..., Any] | None = None
 
     @property
     def module(self) -> str:
@@ -137,11 +147,15 @@ class Report(list[Entry]):
             )
             others = [name for name in entry.modules if name != entry.path.replace(":", ".")]
             lines += [f"{'':<14}also as {name}" for name in others]
+        if any(entry.status == "left alone" for entry in self):
+            lines.append("What is left alone the trainer computes itself, as without the patch.")
         return "\n".join(lines)
 
 
 def signature_of(function: Any) -> str:
     """The signature without annotations: names, kinds and defaults."""
+    if getattr(function, "__name__", None) == "apply":  # of an autograd function, as a function
+        function = getattr(function, "__self__", function)
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
         function = function.forward  # its own says nothing
     signature = inspect.signature(function)
@@ -154,7 +168,8 @@ class Host:
 
     Args:
         package: its import name, which is the distribution's as well.
-        tested: versions (major, minor) that the replacements were tested with.
+        tested: versions that the replacements were tested with, as numbers: (1, 2) is every 1.2.x,
+            and (1, 2, 3) that release alone. Pre-releases are none of them.
         replacements: what is replaced.
         left_alone: "module:name" -> why it is not replaced, for the report.
         additions: what is added to its registries.
@@ -163,7 +178,7 @@ class Host:
     def __init__(
         self,
         package: str,
-        tested: Sequence[tuple[int, int]],
+        tested: Sequence[tuple[int, ...]],
         replacements: Sequence[Replacement],
         left_alone: dict[str, str],
         additions: Sequence[Addition] = (),
@@ -235,7 +250,8 @@ class Host:
                 try:
                     importlib.import_module(module)
                 except Exception as error:
-                    problems[module] = f"{module} cannot be imported: {error}"
+                    _log.debug("%s", module, exc_info=True)
+                    problems[module] = _why_no_import(module, error)
             report = self.report()
         for entry in report:
             module = entry.path.partition(":")[0]
@@ -284,11 +300,10 @@ class Host:
         with _lock:
             if not self._on:
                 if not self._known(version):
-                    names = ", ".join(f"{major}.{minor}" for major, minor in self.tested)
                     warnings.warn(
                         f"{self.package} {version} is not among the versions that rlhf_kernels was "
-                        f"tested with ({names}): each function is replaced only where both give "
-                        "the same on small calls",
+                        f"tested with ({self._names_of_tested()}): each function is replaced only "
+                        "where both give the same on small calls",
                         RuntimeWarning,
                         stacklevel=stacklevel,
                     )
@@ -316,8 +331,13 @@ class Host:
                     self._loaded(module)
 
     def _known(self, version: str) -> bool:
-        numbers = version.split(".")
-        return ".".join(numbers[:2]) in {f"{major}.{minor}" for major, minor in self.tested}
+        numbers = version.partition("+")[0].split(".")
+        if not all(map(str.isdecimal, numbers)):
+            return False
+        return any(tuple(map(int, numbers[: len(known)])) == known for known in self.tested)
+
+    def _names_of_tested(self) -> str:
+        return ", ".join(".".join(map(str, known)) for known in self.tested)
 
     @property
     def _items(self) -> list[Replacement | Addition]:
@@ -339,8 +359,11 @@ class Host:
                     self._refused.pop(item.path, None)  # of what it was before a reload
                     try:
                         reason = self._take(item, module)
-                    except Exception as error:
-                        reason = f"this version does not take it: {error!r}"
+                    except LeftAlone as why:
+                        reason = str(why)
+                    except Exception:
+                        _log.debug("%s", item.path, exc_info=True)
+                        reason = f"an error kept ours from its place{_LOGGED}"
                     if reason:
                         self._refused[item.path] = reason
 
@@ -348,20 +371,28 @@ class Host:
         """Put ours in its place, or say why not."""
         name = item.like if isinstance(item, Addition) else item.name
         original = _find(module, name)
+        version = self.version()
+        installed = f"{self.package} {version}"
         if original is None:
-            return f"this version has no {name}"
+            return _why_not_found(module, name, installed)
         if any(swap.path == item.path and swap.ours is original for swap in self._swaps):
             return None
         function = original.__func__ if isinstance(original, staticmethod) else original
         found = signature_of(function)
         calls = {item.signature: item.calls, **item.also}.get(found)
         if calls is None:
-            return f"expected the signature {item.signature}, got {found}"
+            return (
+                f"in {installed} it takes the arguments {found}, in the versions that this library "
+                f"was tested with {item.signature}"
+            )
         ours = item.make(function, self._strict)
-        version = self.version()
         known = version is None or self._known(version)
-        if not known and (reason := _differ(calls, function, ours)):
-            return f"version {version} is not known, and {reason}"
+        formula = item.formula if isinstance(item, Replacement) else None
+        if not known and (reason := _differ(calls, function, ours, formula)):
+            return (
+                f"{installed} is not among the versions that this library was tested with "
+                f"({self._names_of_tested()}), and on small calls on the CPU {reason}"
+            )
         if isinstance(item, Addition):
             self._added[item.path] = item.put(module, ours)
             return None
@@ -462,7 +493,29 @@ def _named(function: Any) -> Any:
     return _find(sys.modules.get(module), name)
 
 
-def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:
+_LOGGED = f"; Python's logging has it at level DEBUG, under {__name__}"
+
+
+def _why_not_found(module: types.ModuleType, name: str, installed: str) -> str:
+    owner, _, attribute = name.rpartition(".")
+    holder = _find(module, owner) if owner else module
+    if attribute not in getattr(holder, "__dict__", ()):
+        return f"{installed} has no {name}"
+    return (
+        f"{installed} has None in its place on this machine: an optional package that it is made "
+        "with is not installed"
+    )
+
+
+def _why_no_import(module: str, error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{module} cannot be imported, as there is no {error.name}: install it"
+    return f"{module} cannot be imported: python -c 'import {module}' shows why"
+
+
+def _differ(
+    calls: Calls, theirs: Any, ours: Any, formula: Callable[..., Any] | None = None
+) -> str | None:
     """In what, on those calls; the random state of the caller stays what it was."""
     theirs, ours = getattr(theirs, "apply", theirs), getattr(ours, "apply", ours)
     with (
@@ -473,11 +526,22 @@ def _differ(calls: Calls, theirs: Any, ours: Any) -> str | None:
         for args, kwargs, *leaves in calls():
             given = (args, kwargs, leaves[0] if leaves else [])
             try:
-                results = [_with_gradients(function, *given) for function in (theirs, ours)]
-            except Exception as error:
-                return f"raises {error!r}"
-            if not _agree(*results):
-                return "gives something else"
+                expected = _with_gradients(theirs, *given)
+            except Exception:
+                _log.debug("the host's own function", exc_info=True)
+                if formula is None:
+                    return (
+                        "its own function stops with an error (some run on GPUs only), so that "
+                        f"there is nothing to compare ours with{_LOGGED}"
+                    )
+                expected = _with_gradients(formula, *given)
+            try:
+                got = _with_gradients(ours, *given)
+            except Exception:
+                _log.debug("ours", exc_info=True)
+                return f"ours stops with an error{_LOGGED}"
+            if not _agree(expected, got):
+                return "the two give different numbers"
     return None
 
 
@@ -521,15 +585,21 @@ _TOLERANCES = {torch.bfloat16: (5e-2, 5e-2), torch.float16: (5e-3, 5e-3)}
 
 
 def _agree(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        if not isinstance(b, Tensor) or a.dtype != b.dtype or a.shape != b.shape:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        if (
+            not (isinstance(a, Tensor) and isinstance(b, Tensor))
+            or a.dtype != b.dtype
+            or a.shape != b.shape
+        ):
             return False
         rtol, atol = _TOLERANCES.get(a.dtype, (1e-3, 1e-4))
         return torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(_agree, a, b))
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
+        same = a.keys() == b.keys() and all(_agree(a[key], b[key]) for key in a)
+        beside = getattr(a, "__dict__", {})  # as the host has set on a model's output
+        return same and all(_agree(x, getattr(b, name, None)) for name, x in beside.items())
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-4)
     return bool(a == b)

@@ -1,4 +1,4 @@
-"""TRL's log-probabilities and entropies on the kernels of this library; TRL 1.16 and 1.12.
+"""TRL's log-probabilities and entropies on the kernels of this library; TRL 1.10 to 1.16.
 
     import rlhf_kernels.integrations.trl
     rlhf_kernels.integrations.trl.patch()
@@ -7,14 +7,16 @@ before or after ``import trl``: every trainer computes what it did, up to roundi
 modules that define them and in those that import them by name:
 
 - ``_ChunkedLogProbFunction`` of ``trl.trainer.utils``, the fused head of SFT, DPO, KTO, GRPO and
-  RLOO. All five outputs come from one sweep over chunks of tokens. With 16 bits the target's logit
-  is float32. Its chunks follow this library's budget of memory, not ``chunk_size``. TRL passes all
-  positions on the CPU, with labels it has clamped, and zeroes the masked ones afterwards: the
-  forward cannot leave those out, the backward does. Under autocast the weight is converted as a
-  whole, once forward and once backward; TRL converts a part at a time.
+  RLOO since TRL 1.15; in 1.14 of DPO, KTO and GRPO with ``use_liger_kernel``, and before of
+  AsyncGRPO alone. TRL 1.15 has it for GPUs only: with the patch it runs on CPUs too. All five
+  outputs come from one sweep over chunks of tokens. With 16 bits the target's logit is float32. Its
+  chunks follow this library's budget of memory, not ``chunk_size``. TRL passes all positions on the
+  CPU, with labels it has clamped, and zeroes the masked ones afterwards: the forward cannot leave
+  those out, the backward does. Under autocast the weight is converted as a whole, once forward and
+  once backward; TRL converts a part at a time, and before 1.14 none.
 - ``selective_log_softmax``, ``entropy_from_logits`` and ``selective_log_softmax_and_entropy`` of
   ``trl.trainer.utils``: one read of the logits instead of one or several for each, and no copy of
-  them for a temperature. In TRL 1.16 on the CPU alone: on GPUs it has Triton kernels of its own.
+  them for a temperature. Since TRL 1.14 on the CPU alone: on GPUs it has Triton kernels of its own.
   Logits of 16 bits on the CPU are TRL's unless ``strict=False``: there torch's log_softmax rounds
   more than once, ours once, and TRL's tests ask for torch's bits.
 
@@ -132,7 +134,7 @@ class _Statistics:
 class _Head(torch.autograd.Function):
     """logprob, entropy (empty unless asked for), and ``statistics.outputs``, all float32 or bool.
 
-    Products in ``dtype``, gradients in the dtypes of the inputs. ``old``: as in TRL 1.12, whose
+    Products in ``dtype``, gradients in the dtypes of the inputs. ``old``: as up to TRL 1.12, whose
     entropy passes no gradient on.
     """
 
@@ -242,7 +244,9 @@ def _applied(original: Any, apply: Callable[..., Any]) -> Any:
 
 
 def _head(original: Any, strict: bool) -> Any:
-    old = "bias" not in inspect.signature(original.forward).parameters  # 1.12
+    takes = inspect.signature(original.forward).parameters
+    old = "bias" not in takes  # up to 1.12
+    casts = "get_autocast_dtype" in original.forward.__code__.co_names  # since 1.14
 
     def scored(hidden, weight, bias, tokens, temperature, chunk_size, softcap, scale, outputs):
         """The five outputs of 1.16, or None: the original is to be called."""
@@ -250,7 +254,7 @@ def _head(original: Any, strict: bool) -> Any:
         if not _serves_head(hidden, weight, bias, tokens, numbers):
             return None
         device, dtype = hidden.device.type, hidden.dtype
-        if not old and torch.is_autocast_enabled(device):
+        if casts and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         # TRL gathers what ZeRO-3 has partitioned around this call: for the backward it is held.
         weight, bias = (full_weight(x) if hasattr(x, "ds_id") else x for x in (weight, bias))
@@ -286,6 +290,22 @@ def _head(original: Any, strict: bool) -> Any:
             return original.apply(last_hidden, weight, targets, *rest)
         return results[:2]
 
+    def apply_without_statistics(
+        last_hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+    ):
+        rest = (temperature, chunk_size, final_logit_softcapping, logit_scale)
+        results = scored(last_hidden, weight, bias, targets, *rest, ("entropy",))
+        if results is None:
+            return original.apply(last_hidden, weight, bias, targets, *rest)
+        return results[:2]
+
     def apply(
         hidden,
         weight,
@@ -302,7 +322,9 @@ def _head(original: Any, strict: bool) -> Any:
         results = scored(*args)
         return original.apply(*args) if results is None else results
 
-    return _applied(original, apply_old if old else apply)
+    if "outputs" in takes:
+        return _applied(original, apply)
+    return _applied(original, apply_old if old else apply_without_statistics)
 
 
 # ---- functions of the logits --------------------------------------------------------------------
@@ -406,7 +428,7 @@ def _selective_log_softmax(original: Callable[..., Tensor], strict: bool) -> Cal
         result = _score(logits, index, temperature, row_mask, False, strict)
         return None if result is None else result[0]
 
-    if "temperature" not in inspect.signature(original).parameters:  # 1.12
+    if "temperature" not in inspect.signature(original).parameters:  # up to 1.13
 
         @functools.wraps(original)
         def old(logits, index):
@@ -482,6 +504,15 @@ def _head_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         yield (hidden, weight, bias, targets, number, 4, cap, scale, everything), {}
         yield (hidden, weight, None, targets, number, 32768, cap, scale, ("log_probs",)), {}
         yield (hidden[:0], weight, bias, targets[:0], number, 4, cap, scale, everything), {}
+    # Numbers that bfloat16 rounds, to such as make whole logits: whether autocast does shows.
+    hidden = (3 * hidden.detach()).round() * (1 + 2**-9)
+    weight = (3 * weight.detach()).round()
+    with torch.autocast("cpu", torch.bfloat16):
+        yield (hidden, weight, None, targets, 1.0, 4, None, 1.0, everything), {}
+
+
+def _plain_head_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    yield from ((args[:-1], {}) for args, _ in _head_calls())
 
 
 def _old_head_calls() -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -514,24 +545,27 @@ _HEAD = (
     "(ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, "
     "logit_scale=1.0, outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1'))"
 )
-_HEAD_OLD = (
-    "(ctx, last_hidden, weight, targets, temperature, chunk_size, final_logit_softcapping=None, "
-    "logit_scale=1.0)"
+_HEAD_PLAIN = (
+    "(ctx, last_hidden, weight, bias, targets, temperature, chunk_size, "
+    "final_logit_softcapping=None, logit_scale=1.0)"
 )
+_HEAD_OLD = _HEAD_PLAIN.replace("bias, ", "")
 _UTILS = "trl.trainer.utils"
 _PPO = "trl.experimental.ppo.ppo_trainer"
-_WHERE = "not 16 bits on the CPU, unless strict=False, nor what TRL 1.16 gives its Triton kernels"
+_WHERE = (
+    "not 16 bits on the CPU, unless strict=False, nor what TRL gives its Triton kernels on GPUs"
+)
 _INLINE = "there is no function to replace"
 _host = patching.add(
     Host(
         "trl",
-        [(1, 12), (1, 16)],
+        [(1, 12, 0), (1, 13, 0), (1, 14, 2), (1, 15, 0), (1, 16, 0)],
         [
             Replacement(
                 f"{_UTILS}:_ChunkedLogProbFunction",
                 *(_HEAD, _head, _head_calls),
                 "log-probs, entropy and statistics of the logits, from the hidden states",
-                {_HEAD_OLD: _old_head_calls},
+                {_HEAD_PLAIN: _plain_head_calls, _HEAD_OLD: _old_head_calls},
             ),
             Replacement(
                 f"{_UTILS}:selective_log_softmax",
@@ -557,16 +591,22 @@ _host = patching.add(
             "trl.trainer.reward_trainer:RewardTrainer.compute_loss": (
                 f"the pair loss is part of it: {_INLINE}"
             ),
-            f"{_PPO}:PPOTrainer.train": f"TRL 1.12: GAE and the losses are parts of it: {_INLINE}",
+            "trl.trainer.sft_trainer:_chunked_cross_entropy_loss": (
+                "TRL up to 1.14: SFT's loss and its statistics in one function, which makes no "
+                "log-probs; since 1.15 SFT has the fused head"
+            ),
+            f"{_PPO}:PPOTrainer.train": (
+                f"TRL up to 1.12: GAE and the losses are parts of it: {_INLINE}"
+            ),
             f"{_PPO}:masked_mean": (
-                "TRL 1.12: 0.07 ms for 64 x 1024 on a CPU; ours takes 0.03, but 0.10 with the NaN "
-                "that TRL gives where nothing is valid or a masked value is NaN"
+                "TRL up to 1.12: 0.07 ms for 64 x 1024 on a CPU; ours takes 0.03, but 0.10 with "
+                "the NaN that TRL gives where nothing is valid or a masked value is NaN"
             ),
             f"{_PPO}:masked_whiten": (
-                "TRL 1.12: 0.27 ms for 64 x 1024 on a CPU, once a batch; ours takes 0.21 with that "
-                "NaN and what TRL leaves in masked places"
+                "TRL up to 1.12: 0.27 ms for 64 x 1024 on a CPU, once a batch; ours takes 0.21 "
+                "with that NaN and what TRL leaves in masked places"
             ),
-            f"{_PPO}:masked_var": "TRL 1.12: only masked_whiten calls it",
+            f"{_PPO}:masked_var": "TRL up to 1.12: only masked_whiten calls it",
             "trl.kernels.logprob_entropy:selective_log_softmax_and_entropy": (
                 "one read of the logits by Triton on GPUs, as ours; not compared there yet"
             ),

@@ -1,4 +1,4 @@
-"""verl 0.9 on our kernels: one line before training.
+"""verl 0.7 to 0.9 on our kernels: one line before training.
 
     import rlhf_kernels.integrations.verl
     rlhf_kernels.integrations.verl.patch()
@@ -124,18 +124,21 @@ def _dtype_of(function: Callable[[Tensor], Tensor], logits: Tensor) -> torch.dty
 
 
 def _fused_linear(original: Any, strict: bool) -> Any:
-    """FusedLinearForPPO.forward: log-probs in float32, entropies in the dtype of the hidden states.
+    """FusedLinearForPPO.forward: entropies in the dtype of the hidden states, log-probs too up to
+    verl 0.7, since then in float32.
 
     What autocast would cast is left to the host, whose backward recomputes without it.
     """
     module = sys.modules[original.__module__]
+    probe = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+    rounds = original(_TorchBackend(), probe[0], *probe)[0].dtype == torch.bfloat16
 
     @functools.wraps(original)
     def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
         liger = getattr(module, "_LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY", None)
         ids = input_ids.to(torch.int64) if isinstance(input_ids, Tensor) else input_ids
         if (
-            (self.impl_backend != "torch" and liger is not None)
+            (getattr(self, "impl_backend", "torch") != "torch" and liger is not None)  # since 0.9.1
             or not _serves_head(hidden_states, vocab_weights, ids, temperature)
             or hidden_states.dim() not in (2, 3)
         ):
@@ -144,8 +147,9 @@ def _fused_linear(original: Any, strict: bool) -> Any:
             logprob, entropy = _linear(hidden_states, vocab_weights, ids, temperature)
         except IndexError:
             return original(self, hidden_states, vocab_weights, input_ids, temperature)
+        dtype = hidden_states.dtype
         # A copy, which may be written to: the backward reads the entropy.
-        return logprob.to(torch.float32), entropy.to(hidden_states.dtype, copy=True)
+        return logprob.to(dtype if rounds else torch.float32), entropy.to(dtype, copy=True)
 
     return forward
 
@@ -213,6 +217,13 @@ def _linear_cross_entropy(original: Any, strict: bool) -> Any:
         return logprob, entropy.clone()  # the backward reads what was there
 
     return linear_cross_entropy
+
+
+def _log_softmax_and_entropy(hidden, weight, labels, temperature, reduction):
+    """What linear_cross_entropy gives, for the calls on which they are compared."""
+    log_p = (hidden @ weight.t() / temperature).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy
 
 
 def _alone(group: Any) -> bool:
@@ -394,7 +405,7 @@ POLICY_LOSS_SIGNATURE = (
 def _register(core_algos: types.ModuleType, ours: Any) -> Callable[[], None]:
     registry = core_algos.POLICY_LOSS_REGISTRY
     if LOSS in registry:
-        raise ValueError(f"a policy loss {LOSS!r} is registered already")
+        raise patching.LeftAlone(f"a policy loss {LOSS!r} is registered already")
     core_algos.register_policy_loss(LOSS)(ours)
 
     def take_out() -> None:
@@ -559,8 +570,12 @@ def _variables(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _head_calls() -> Iterator[Call]:
-    yield (_TorchBackend(), _variables(2, 3, 4), _variables(7, 4), _tokens(2, 3), 0.7), {}
-    yield (_TorchBackend(), _variables(5, 4), _numbers(7, 4), _tokens(5)), {}
+    head = sys.modules[_FUSED].FusedLinearForPPO()
+    yield (head, _variables(2, 3, 4), _variables(7, 4), _tokens(2, 3), 0.7), {}
+    yield (head, _variables(5, 4), _numbers(7, 4), _tokens(5)), {}
+    # Small whole numbers: their products are exact in 16 bits.
+    hidden, weight = (_numbers(*shape).round().bfloat16() for shape in ((5, 4), (7, 4)))
+    yield (head, hidden.requires_grad_(), weight, _tokens(5)), {}
 
 
 def _cross_entropy_calls() -> Iterator[Call]:
@@ -605,15 +620,21 @@ class _LossConfig:
         return getattr(self, name, default)
 
 
+_MODES = [mode for mode in AGGREGATIONS if mode != "token-sum"]  # that one since verl 0.9
+
+
 def _policy_loss_calls() -> Iterator[Call]:
     old = _numbers(3, 5) + 0.3 * _numbers(5, 3).t()
     args = (old, _variables(3, 5), _numbers(5, 3).t().contiguous(), _MASK.bool())
-    for mode in ("token-mean", "seq-mean-token-sum"):
+    for mode in _MODES:
         yield (*args, mode, _LossConfig()), {}
 
 
 _FUSED = "verl.utils.experimental.torch_functional"
 _CROSS_ENTROPY = "verl.utils.kernel.linear_cross_entropy"
+_CROSS_ENTROPY_TAKES = (
+    "hidden, weight, labels, temperature=1.0, reduction='none', dist_process_group=None)"
+)
 _FUNCTIONAL = "verl.utils.torch_functional"
 _MEGATRON = "verl.utils.megatron.tensor_parallel"
 _ALGOS = "verl.trainer.ppo.core_algos"
@@ -623,7 +644,7 @@ _SHARED = "no operator of ours takes logits that are shared over tensor-parallel
 _host = patching.add(
     Host(
         "verl",
-        [(0, 9)],
+        [(0, 7, 1), (0, 8, 0), (0, 9, 0), (0, 9, 1)],
         [
             Replacement(
                 f"{_FUSED}:FusedLinearForPPO.forward",
@@ -634,10 +655,12 @@ _host = patching.add(
             ),
             Replacement(
                 f"{_CROSS_ENTROPY}:linear_cross_entropy",
-                "(*args, **kwargs)",
+                f"(ctx, {_CROSS_ENTROPY_TAKES}",
                 _linear_cross_entropy,
                 _cross_entropy_calls,
                 "the same on the CPU, where one rank holds the vocabulary, by linear_logprob",
+                {f"({_CROSS_ENTROPY_TAKES}": _cross_entropy_calls},
+                _log_softmax_and_entropy,
             ),
             Replacement(
                 f"{_FUNCTIONAL}:logprobs_from_logits_v2",

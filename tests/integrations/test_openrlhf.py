@@ -13,6 +13,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,11 +84,17 @@ class Never(Exception):
 def pair(name, strict=True, may_fall_back=False):
     """The host's function, and ours, which has to serve the call itself."""
     original = ORIGINALS[name]
+    asked = True  # while ours is made
 
+    @functools.wraps(original)
     def never(*args, **kwargs):
+        if asked:
+            return original(*args, **kwargs)
         raise Never("the call went to the original")
 
-    return original, MAKERS[name].make(original if may_fall_back else never, strict)
+    ours = MAKERS[name].make(never, strict)
+    asked = may_fall_back
+    return original, ours
 
 
 def plain(function):
@@ -1135,6 +1142,120 @@ def test_an_unknown_version_is_replaced_where_both_agree(monkeypatch):
     ]
 
 
+def older_kl(log_probs, log_probs_base, kl_estimator="k1"):
+    """As up to OpenRLHF 0.11.0: another signature, and an exponential that overflows."""
+    d = log_probs.float() - log_probs_base.float()
+    value = {"k1": lambda: d, "k2": lambda: d**2 / 2, "k3": lambda: (-d).exp() - 1 + d}
+    return value[kl_estimator]().clamp(min=-10, max=10)
+
+
+def kl_that_overflows(
+    log_probs, log_probs_base, log_probs_old=None, kl_estimator="k1", unbiased_gradient=False
+):
+    """As OpenRLHF 0.11.1."""
+    return older_kl(log_probs, log_probs_base, kl_estimator)
+
+
+@pytest.mark.parametrize("own", [older_kl, kl_that_overflows], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_k3_of_older_versions(monkeypatch, own, needs_gradient):
+    """Also where its value or its gradient is NaN; and small values without cancellation."""
+    own = types.FunctionType(own.__code__, globals(), own.__name__, own.__defaults__)
+    monkeypatch.setattr(models_utils, "compute_approx_kl", own)
+    monkeypatch.setattr(HOST, "replacements", [MAKERS["compute_approx_kl"]])
+    d = torch.tensor([0.0, 1e-4, -2.6, -10.1, -88.0, -89.0, -500.0, 9.9, 12.0, 25.0])
+    d = torch.cat([d, torch.tensor([torch.inf, -torch.inf, torch.nan])])
+    monkeypatch.setattr(HOST, "tested", ((0, 1),))
+    results = []
+    with pytest.warns(RuntimeWarning, match="not among the versions"), adapter.patched():
+        ours = models_utils.compute_approx_kl
+        assert ours is not own
+        for function in (ours, own):
+            p, q = d.clone().requires_grad_(needs_gradient), torch.zeros(len(d))
+            kl = function(p, q, kl_estimator="k3")
+            if needs_gradient:
+                kl.sum().backward()
+            results.append([kl.detach(), p.grad])
+            for other in ("k1", "k2"):
+                assert torch.equal(
+                    function(d[:9], q[:9], kl_estimator=other),
+                    own(d[:9], q[:9], kl_estimator=other),
+                )
+    (got, gradient), (want, host_gradient) = results
+    assert want.isnan().tolist() == [False] * 11 + [True] * 2
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6, equal_nan=True)
+    assert got[1].item() == pytest.approx(5e-9, rel=1e-3)
+    if needs_gradient:
+        assert host_gradient.isnan().nonzero().flatten().tolist() == [5, 6, 11, 12]
+        torch.testing.assert_close(gradient, host_gradient, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+def forward_that_scales_last(
+    self,
+    sequences,
+    action_mask=None,
+    attention_mask=None,
+    return_output=False,
+    allgather_logits=False,
+    return_logprobs=False,
+    ring_attn_group=None,
+    packed_seq_lens=None,
+    return_entropy=False,
+):
+    """As up to OpenRLHF 0.9; up to 0.11.1 it takes images besides."""
+    position_ids = attention_mask.long().cumsum(-1) - 1
+    position_ids.masked_fill_(attention_mask == 0, 1)
+    output = self.model(sequences, attention_mask=attention_mask, position_ids=position_ids)
+    output["logits"] = logits = output["logits"].float()
+    if return_entropy:
+        output.entropy = models_utils.compute_entropy(logits)[:, :-1]
+    labels = sequences.roll(-1, 1)
+    log_probs = models_utils.log_probs_from_logits(logits.clone(), labels, self.temperature)
+    output["logits"] = logits / self.temperature
+    log_probs = log_probs[:, :-1]
+    if action_mask is not None:
+        log_probs = log_probs[:, -action_mask.shape[1] :] * action_mask.float()
+    return (log_probs, output) if return_output else log_probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_actor_that_divides_after_its_entropy(monkeypatch, served, temperature):
+    """Up to OpenRLHF 0.11.1 the temperature is in the log-probs and not in the entropy."""
+    monkeypatch.setattr(Actor, "forward", forward_that_scales_last)
+    actor, given = make_actor(temperature=temperature), batch()
+
+    def run():
+        log_probs, output = actor(*given, return_output=True, return_entropy=True)
+        found = gradients(actor, log_probs.sum() + output.entropy.square().sum())
+        return [log_probs.detach(), output.entropy.detach(), output.logits.detach()], found
+
+    want, host_gradients = run()
+    monkeypatch.setattr(HOST, "tested", ((0, 1),))
+    with pytest.warns(RuntimeWarning, match="not among the versions"), adapter.patched():
+        assert Actor.forward is not forward_that_scales_last
+        del served[:]
+        got, ours = run()
+    assert len(served) == (1 if temperature == 1 else 2)
+    for a, b in zip([*got, *ours.values()], [*want, *host_gradients.values()], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_an_actor_with_another_entropy_is_noticed(monkeypatch):
+    """Small calls ask for the entropy as well."""
+
+    @functools.wraps(Actor.forward)
+    def other(*args, **kwargs):
+        result = ORIGINALS["Actor.forward"](*args, **kwargs)
+        if kwargs.get("return_entropy"):
+            result[1].entropy = 1.5 * result[1].entropy
+        return result
+
+    monkeypatch.setattr(Actor, "forward", other)
+    monkeypatch.setattr(HOST, "tested", ((0, 1),))
+    with pytest.warns(RuntimeWarning, match="not among the versions"), adapter.patched():
+        assert Actor.forward is other
+
+
 def test_an_unknown_version_without_gradients_keeps_its_actor(monkeypatch):
     forward = Actor.forward
 
@@ -1148,7 +1269,7 @@ def test_an_unknown_version_without_gradients_keeps_its_actor(monkeypatch):
     with pytest.warns(RuntimeWarning, match="not among the versions"), adapter.patched():
         assert Actor.forward is detached
         (entry,) = [e for e in adapter.report() if e.path.endswith("Actor.forward")]
-        assert "gives something else" in entry.reason
+        assert "the two give different numbers" in entry.reason
 
 
 def test_transforms_of_torch_func_are_the_hosts():

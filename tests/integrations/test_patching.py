@@ -165,10 +165,14 @@ def test_report_says_what_where_and_why(host):
     assert sorted(double.modules) == ["fakehost.core.double", "fakehost.user.twice"]
     unlike = entries["fakehost.core:unlike"]
     assert unlike.status == "left alone"
-    assert unlike.reason == "expected the signature (x), got (x, other=None)"
-    assert entries["fakehost.core:gone"].reason == "this version has no gone"
+    assert unlike.reason == (
+        "in fakehost 1.2.3 it takes the arguments (x, other=None), in the versions that this "
+        "library was tested with (x)"
+    )
+    assert entries["fakehost.core:gone"].reason == "fakehost 1.2.3 has no gone"
     assert entries["fakehost.core:Maker.triple"].reason == "it is fast enough"
     text = str(host.report())
+    assert text.endswith("What is left alone the trainer computes itself, as without the patch.")
     assert text.startswith("fakehost 1.2.3\n") and "also as fakehost.user.twice" in text
     host.unpatch()
     assert {entry.status for entry in host.report()} == {"not patched", "left alone"}
@@ -235,7 +239,8 @@ def test_patch_is_idempotent_and_nests(host):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_registry_gets_what_is_ours_and_loses_it(host, when):
+def test_a_registry_gets_what_is_ours_and_loses_it(host, when, caplog):
+    caplog.set_level("DEBUG", patching.__name__)
     if when == "after":
         load("core")
     host.patch(strict=False)
@@ -246,7 +251,8 @@ def test_a_registry_gets_what_is_ours_and_loses_it(host, when):
     added = entries["fakehost.core:REGISTRY['ours']"]
     assert (added.status, added.reason) == ("added", "is ours")
     refused = entries["fakehost.core:OTHER['ours']"]
-    assert refused.status == "left alone" and "does not take it: AttributeError" in refused.reason
+    assert refused.status == "left alone" and refused.reason == KEPT
+    assert "has no attribute 'OTHER'" in caplog.text
     host.unpatch()
     assert core.REGISTRY == {}
     assert {entry.status for entry in host.report()} == {"not patched", "left alone"}
@@ -261,6 +267,14 @@ def test_strict(host):
                 host.patch(strict=not strict)
 
 
+KEPT = (
+    "an error kept ours from its place; Python's logging has it at level DEBUG, under "
+    f"{patching.__name__}"
+)
+UNKNOWN = (
+    "fakehost 1.3.0 is not among the versions that this library was tested with (1.2), and on "
+    "small calls on the CPU "
+)
 DIFFERENT = {
     "values": lambda x, factor=2.0: x + factor,
     "gradients": lambda x, factor=2.0: x.detach() * (factor - 1) + x,
@@ -290,7 +304,7 @@ def test_an_unknown_version_is_verified_on_small_calls(host, monkeypatch, agrees
         assert double.status == "replaced"
     else:
         assert double.status == "left alone"
-        assert double.reason == "version 1.3.0 is not known, and gives something else"
+        assert double.reason == f"{UNKNOWN}the two give different numbers"
         assert core.double is DIFFERENT[agrees]
 
 
@@ -304,7 +318,95 @@ def test_an_addition_is_verified_too(host, monkeypatch, agrees):
         host.patch()
     assert ("ours" in core.REGISTRY) == agrees
     (added,) = [entry for entry in host.report() if "REGISTRY" in entry.path]
-    assert agrees or added.reason == "version 1.3.0 is not known, and gives something else"
+    assert agrees or added.reason == f"{UNKNOWN}the two give different numbers"
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("NVTX functions not installed")
+
+
+@pytest.mark.parametrize("whose", ["the host's", "ours"])
+def test_an_error_on_small_calls_is_reported_in_words(host, monkeypatch, caplog, whose):
+    """What was raised is in the log, for whoever asks for it."""
+    caplog.set_level("DEBUG", patching.__name__)
+    core = load("core")
+    made = host.replacements[0]
+    if whose == "ours":
+        made = dataclasses.replace(made, make=lambda original, strict: broken)
+    else:
+        monkeypatch.setattr(core, "double", lambda x, factor=2.0: broken())
+    monkeypatch.setattr(host, "replacements", [made])
+    monkeypatch.setattr(host, "version", lambda: "1.3.0")
+    with pytest.warns(RuntimeWarning, match="fakehost 1.3.0"):
+        host.patch()
+    (double,) = [entry for entry in host.report() if entry.path.endswith("double")]
+    assert double.status == "left alone" and "NVTX" not in double.reason
+    what = {
+        "ours": "ours stops with an error",
+        "the host's": "its own function stops with an error (some run on GPUs only), so that there "
+        "is nothing to compare ours with",
+    }[whose]
+    assert double.reason.startswith(f"{UNKNOWN}{what}; Python's logging has it at level DEBUG")
+    assert "RuntimeError: NVTX functions not installed" in caplog.text
+
+
+@pytest.mark.parametrize("formula", ["the same", "another", "none is asked"])
+def test_a_function_of_gpus_alone_is_compared_with_its_formula(host, monkeypatch, formula):
+    """Which counts only where the host's cannot run."""
+    core = load("core")
+    runs = formula == "none is asked"
+    if not runs:
+        monkeypatch.setattr(core, "double", lambda x, factor=2.0: broken())
+    plain = {"the same": lambda x, factor=2.0: x * factor, "none is asked": broken}
+    made = dataclasses.replace(host.replacements[0], formula=plain.get(formula, lambda *a, **k: 0))
+    monkeypatch.setattr(host, "replacements", [made])
+    monkeypatch.setattr(host, "version", lambda: "1.3.0")
+    with pytest.warns(RuntimeWarning, match="fakehost 1.3.0"):
+        host.patch()
+    (double,) = [entry for entry in host.report() if entry.path.endswith("double")]
+    assert double.status == ("left alone" if formula == "another" else "replaced")
+    if formula == "another":
+        assert double.reason == f"{UNKNOWN}the two give different numbers"
+
+
+@pytest.mark.parametrize("version, known", [("1.2.3", True), ("1.2.3+cpu", True), ("1.2.4", False)])
+@pytest.mark.parametrize("suffix", ["", "rc1", ".dev0"])
+def test_each_release_may_be_tested_alone(host, monkeypatch, version, known, suffix):
+    """The last number counts too: OpenRLHF 0.11.0 and 0.11.2 compute different entropies."""
+    known = known and not suffix
+    core = load("core")
+    monkeypatch.setattr(core, "double", DIFFERENT["values"])
+    monkeypatch.setattr(host, "tested", ((1, 1), (1, 2, 3)))
+    whole = version.replace("+", f"{suffix}+") if "+" in version else version + suffix
+    monkeypatch.setattr(host, "version", lambda: whole)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        host.patch()
+    names = [w for w in told if r"was tested with (1.1, 1.2.3)" in str(w.message)]
+    assert len(names) == (not known)
+    assert (core.double is DIFFERENT["values"]) == (not known)
+
+
+def test_what_is_none_where_a_package_is_missing(host, monkeypatch):
+    core = load("core")
+    monkeypatch.setattr(core, "double", None)
+    host.patch()
+    assert host.report()[0].reason == (
+        "fakehost 1.2.3 has None in its place on this machine: an optional package that it is "
+        "made with is not installed"
+    )
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_module_that_cannot_be_imported_is_reported_in_words(host, tmp_path, missing):
+    why = "import a_package_that_nobody_has" if missing else "raise OSError('libnvrtc')"
+    (tmp_path / "fakehost" / "core.py").write_text(f"{why}\n")
+    reasons = {entry.reason for entry in host.survey() if entry.path.endswith("double")}
+    assert reasons == {
+        "fakehost.core cannot be imported, as there is no a_package_that_nobody_has: install it"
+        if missing
+        else "fakehost.core cannot be imported: python -c 'import fakehost.core' shows why"
+    }
 
 
 def test_verification_leaves_the_random_state(host, monkeypatch):
@@ -351,8 +453,9 @@ def test_a_host_in_a_folder_without_metadata_is_of_an_unknown_version(host, tmp_
     assert hasattr(load("core").double, "seen")
 
 
-def test_what_cannot_be_replaced_is_left_alone_and_the_rest_is_not(host, monkeypatch):
+def test_what_cannot_be_replaced_is_left_alone_and_the_rest_is_not(host, monkeypatch, caplog):
     """Neither ``patch`` nor the host's import raises, and nothing is left half done."""
+    caplog.set_level("DEBUG", patching.__name__)
     made = host.replacements
 
     def fails(original, strict):
@@ -363,7 +466,8 @@ def test_what_cannot_be_replaced_is_left_alone_and_the_rest_is_not(host, monkeyp
     host.patch()
     core = load("core")
     entries = {entry.path: entry for entry in host.report()}
-    assert "does not take it: AttributeError" in entries["fakehost.core:double"].reason
+    assert entries["fakehost.core:double"].reason == KEPT
+    assert "AttributeError: no such thing" in caplog.text
     assert entries["fakehost.core:Maker.half"].status == "replaced"
     assert not hasattr(core.double, "seen")
 
@@ -399,7 +503,9 @@ def test_a_module_that_is_loaded_again_is_patched_again(host):
         assert not hasattr(getattr(module, name), "seen")
 
 
-def test_a_replacement_that_fails_halfway_is_put_back(host):
+def test_a_replacement_that_fails_halfway_is_put_back(host, caplog):
+    caplog.set_level("DEBUG", patching.__name__)
+
     class Stubborn(types.ModuleType):
         def __setattr__(self, name, value):
             raise AttributeError("read only")
@@ -411,7 +517,7 @@ def test_a_replacement_that_fails_halfway_is_put_back(host):
     host.patch()
     assert core.double is original and vars(stubborn)["double"] is original
     (entry,) = [e for e in host.report() if e.path == "fakehost.core:double"]
-    assert entry.status == "left alone" and "read only" in entry.reason
+    assert entry.status == "left alone" and entry.reason == KEPT and "read only" in caplog.text
 
 
 def test_a_module_without_a_spec_is_no_host(host, tmp_path):
@@ -711,4 +817,4 @@ def test_an_autograd_function_is_checked_by_its_forward(host, monkeypatch, agree
     with pytest.warns(RuntimeWarning, match="fakehost 1.3.0"):
         host.patch()
     assert core.Scale is (Ours if agrees else Scale)
-    assert signature_of(Scale) == signature
+    assert signature_of(Scale) == signature_of(Scale.apply) == signature

@@ -548,6 +548,8 @@ def test_gae_that_ours_does_not_serve_is_verls(monkeypatch):
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 MODES += ["seq-mean-token-mean"]
+if "token-sum" not in inspect.getsource(core_algos.agg_loss):  # since verl 0.9
+    MODES.remove("token-sum")
 
 
 def actor_config(**options):
@@ -661,18 +663,87 @@ def test_a_policy_loss_of_that_name_stays(monkeypatch):
     assert core_algos.POLICY_LOSS_REGISTRY["rlhf_kernels"] is functional.masked_mean
 
 
-def test_an_unknown_version_is_replaced_where_both_agree(monkeypatch):
-    """All but linear_cross_entropy, which verl cannot run on a CPU: there is nothing to compare."""
+@contextmanager
+def of_an_unknown_version(monkeypatch):
+    """Patched as a version that nobody has tested: what is replaced has passed its small calls."""
     monkeypatch.setattr(adapter._host, "tested", ((0, 1),))
     with pytest.warns(RuntimeWarning, match="not among the versions"):
         adapter.patch()
     try:
-        kept = [entry for entry in adapter.report() if entry.path not in adapter._host.left_alone]
-        assert {e.path for e in kept if e.status not in ("replaced", "added")} == {
-            "verl.utils.kernel.linear_cross_entropy:linear_cross_entropy"
-        }
+        yield {entry.path: entry for entry in adapter.report()}
     finally:
         adapter.unpatch()
+
+
+def test_an_unknown_version_is_replaced_where_both_agree(monkeypatch):
+    """linear_cross_entropy too, which verl cannot run on a CPU."""
+    with of_an_unknown_version(monkeypatch) as entries:
+        for path in entries.keys() - adapter._host.left_alone.keys():
+            assert entries[path].status in ("replaced", "added"), entries[path]
+
+
+@pytest.mark.parametrize("computes", ["nothing on a CPU", "the same", "nats of another base"])
+def test_linear_cross_entropy_that_is_no_autograd_function(monkeypatch, computes):
+    """As in verl after 0.9; where it runs on a CPU its numbers count."""
+
+    def linear_cross_entropy(
+        hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None
+    ):
+        if computes == "nothing on a CPU":
+            raise RuntimeError("NVTX functions not installed")
+        log_p = (hidden @ weight.t() / temperature).log_softmax(-1)
+        log_p = log_p if computes == "the same" else log_p / 2
+        chosen = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return chosen, -(log_p.exp() * log_p).sum(-1)
+
+    module = linear_cross_entropy_module
+    monkeypatch.setattr(module, "linear_cross_entropy", linear_cross_entropy)
+    with of_an_unknown_version(monkeypatch) as entries:
+        entry = entries[f"{module.__name__}:linear_cross_entropy"]
+        served = module.linear_cross_entropy is not linear_cross_entropy
+    assert served == (computes != "nats of another base")
+    assert served or entry.reason.endswith("the two give different numbers")
+    assert "NVTX" not in entry.reason
+
+
+@pytest.mark.parametrize("rounds", [True, False], ids=["0.7", "0.8 and 0.9.0"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_heads_of_older_versions(monkeypatch, rounds, dtype):
+    """Before 0.9.1 they know of no impl_backend; up to 0.7 log-probs have the dtype of hidden."""
+    inner = fused.FusedLinearForPPO
+
+    class Older(torch.nn.Module):
+        def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+            args = (hidden_states, vocab_weights, input_ids, temperature)
+            logprob, entropy = inner.forward(adapter._TorchBackend(), *args)
+            return logprob.to(hidden_states.dtype) if rounds else logprob, entropy
+
+    Older.__module__ = fused.__name__
+    monkeypatch.setattr(fused, "FusedLinearForPPO", Older)
+    tensors, older = head((2, 4), dtype), Older()
+    want = older(*tensors, 0.7)
+    with of_an_unknown_version(monkeypatch) as entries:
+        assert entries[f"{fused.__name__}:FusedLinearForPPO.forward"].status == "replaced"
+        with spied(monkeypatch, "linear_logprob") as calls:
+            got = older(*tensors, 0.7)
+    assert calls
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_a_policy_loss_that_divides_otherwise_in_one_mode_is_noticed(monkeypatch):
+    """As verl 0.7.0 with seq-mean-token-sum-norm: by the horizon, not by the sequences too."""
+    inner = core_algos.agg_loss
+
+    def agg_loss(loss_mat, loss_mask, loss_agg_mode, **info):
+        loss = inner(loss_mat, loss_mask, loss_agg_mode, **info)
+        return loss * (3 if loss_agg_mode == "seq-mean-token-sum-norm" else 1)
+
+    monkeypatch.setattr(core_algos, "agg_loss", agg_loss)
+    with of_an_unknown_version(monkeypatch) as entries:
+        (entry,) = [entry for path, entry in entries.items() if "REGISTRY" in path]
+    assert entry.status == "left alone" and "different numbers" in entry.reason
 
 
 @pytest.mark.parametrize("wrong", ["values", "gradients"])
