@@ -644,7 +644,7 @@ _SHARED = "no operator of ours takes logits that are shared over tensor-parallel
 _host = patching.add(
     Host(
         "verl",
-        [(0, 7, 1), (0, 8, 0), (0, 9, 0), (0, 9, 1)],
+        [(0, 9, 1)],
         [
             Replacement(
                 f"{_FUSED}:FusedLinearForPPO.forward",
