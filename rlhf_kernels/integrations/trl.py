@@ -559,7 +559,7 @@ _INLINE = "there is no function to replace"
 _host = patching.add(
     Host(
         "trl",
-        [(1, 12, 0), (1, 16, 0)],
+        [(1, 12, 0), (1, 15, 0), (1, 16, 0)],
         [
             Replacement(
                 f"{_UTILS}:_ChunkedLogProbFunction",
