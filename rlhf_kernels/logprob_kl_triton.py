@@ -79,7 +79,10 @@ def logprob_kl_sums_kernel(
         ref_top, ref_total, cross = top, total, dot
         size = vocab.to(tl.int32)
         begin = chunk.to(tl.int32) * CHUNK
-        for column in range(begin, tl.minimum(begin + CHUNK, size), TILE):
+        end = tl.minimum(begin + CHUNK, size)
+        # Not hoisted out of the loop: without 16-byte loads each element has an address of its own,
+        # and what reads a lane again below would keep them in registers.
+        for column in tl.range(begin, end, TILE, disable_licm=True):
             z = load_tile(logits + at, column, size, TILE, G, ALIGNED, TYPE)
             ref_z = load_tile(ref_logits + ref_at, column, size, TILE, G, ALIGNED, TYPE)
             earlier = total

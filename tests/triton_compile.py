@@ -99,7 +99,11 @@ def record(spec: OpSpec, dtypes: Iterable[torch.dtype], target: str) -> list[Var
 
     saved = triton_common.launch, backend.select, backend.operators["triton"]
     architecture = triton_common.architecture
-    launchers = {name: functools.partial(backend.launch_triton, name) for name in vars(saved[2])}
+    launchers = vars(saved[2]) | {
+        name: functools.partial(backend.launch_triton, name)
+        for name in vars(saved[2])
+        if name in backend._triton_modules
+    }
     triton_common.launch = launch
     triton_common.architecture = lambda device: target
     backend.select = lambda *_: "triton"

@@ -198,7 +198,7 @@ def test_check_calls_what_is_replaced(host, monkeypatch):
         raise AttributeError("no such thing")
 
     for make, why in (
-        (wrong, "gives something else"),
+        (wrong, "the two give different numbers"),
         (raises, "cannot be replaced: AttributeErr"),
     ):
         broken = [dataclasses.replace(double, make=make), half]
