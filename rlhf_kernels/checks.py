@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,13 +85,32 @@ def as_tensor(number: Any, like: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return like.new_ones((), dtype=dtype) * number
 
 
+class AroundOne(NamedTuple):
+    """1 + sign * number, still to be computed.
+
+    In arithmetic of its own torch.compile before 2.13 makes a constant of a symbolic number.
+    """
+
+    sign: int
+    number: Any
+
+
+def _value(x: Any) -> Any:
+    return 1.0 + x.sign * x.number if isinstance(x, AroundOne) else x
+
+
+def _in_tensor(x: Any, one: torch.Tensor) -> torch.Tensor:
+    return one + x.sign * (one * x.number) if isinstance(x, AroundOne) else one * x
+
+
 def unfixed(*numbers: Any) -> bool:
     """Whether torch.compile keeps one of the numbers symbolic, as it does once it has changed."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    return not all([has_static_value(x) for x in numbers])
+    plain = [x.number if isinstance(x, AroundOne) else x for x in numbers]
+    return not all([has_static_value(x) for x in plain])
 
 
 def separated(*numbers: Any) -> tuple[tuple[Any, ...], torch.Tensor | None]:
@@ -100,16 +119,17 @@ def separated(*numbers: Any) -> tuple[tuple[Any, ...], torch.Tensor | None]:
     The latter, float64 on the CPU, where one is symbolic.
     """
     if not unfixed(*numbers):
-        return numbers, None
-    whole = torch.stack([torch.ones((), dtype=torch.float64) * x for x in numbers])
-    return (0.0,) * len(numbers), whole
+        return tuple(map(_value, numbers)), None
+    one = torch.ones((), dtype=torch.float64)
+    return (0.0,) * len(numbers), torch.stack([_in_tensor(x, one) for x in numbers])
 
 
 def graph_numbers(like: torch.Tensor, dtype: torch.dtype, *numbers: Any) -> tuple[Any, ...]:
     """Numbers for plain PyTorch: as they are, or all of them as tensors where one is symbolic."""
     if not unfixed(*numbers):
-        return numbers
-    return tuple(as_tensor(x, like, dtype) for x in numbers)
+        return tuple(map(_value, numbers))
+    one = like.new_ones((), dtype=dtype)
+    return tuple(_in_tensor(x, one) for x in numbers)
 
 
 def choice(name: str, x: Any, options: Sequence[str]) -> None:

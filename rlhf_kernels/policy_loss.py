@@ -189,8 +189,8 @@ def policy_loss(
         kl_coef = entropy_coef = 0.0
     tensors = (old_logprob, advantages, importance_weight, ref_logprob)
     bounds: tuple[Any, ...] = (
-        0.0 if clip_low is None else 1.0 - clip_low,
-        torch.inf if clip_high is None else 1.0 + clip_high,
+        0.0 if clip_low is None else checks.AroundOne(-1, clip_low),
+        torch.inf if clip_high is None else checks.AroundOne(1, clip_high),
         torch.inf if dual_clip is None else float(dual_clip),
         torch.inf if log_ratio_clamp is None else float(log_ratio_clamp),
     )

@@ -135,8 +135,8 @@ def token_logprob_and_grad(
 
 def _check_surrogate(
     surrogate: ClippedSurrogate | None, logits: Tensor, tokens: Tensor
-) -> tuple[Tensor | None, Tensor | None, float, float, float]:
-    """(old_logprob, advantages, least ratio, largest ratio, dual clip)."""
+) -> tuple[Tensor | None, Tensor | None, Any, Any, Any]:
+    """(old_logprob, advantages, and numbers for checks: least ratio, largest ratio, dual clip)."""
     if surrogate is None:
         return None, None, 0.0, torch.inf, torch.inf
     if not isinstance(surrogate, ClippedSurrogate):
@@ -161,8 +161,8 @@ def _check_surrogate(
     return (
         old_logprob,
         advantages,
-        0.0 if low is None else 1.0 - low,
-        torch.inf if high is None else 1.0 + high,
+        0.0 if low is None else checks.AroundOne(-1, low),
+        torch.inf if high is None else checks.AroundOne(1, high),
         torch.inf if dual is None else float(dual),
     )
 
