@@ -310,7 +310,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read after line {number}: {error}") from error
+        where = f" after line {number}" if number else ""
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read{where}: {reason}") from error
 
 
 def _given(row: dict[str, Any], key: str) -> Any:
