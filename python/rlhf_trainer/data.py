@@ -203,7 +203,7 @@ def _chats(
     shared = next((k for k, (a, b) in pairs if a != b), min(len(one), len(two)) - 1)
     while shared >= 0 and not one[shared]["role"] == two[shared]["role"] == "assistant":
         shared -= 1
-    if shared < 0:
+    if shared <= 0:  # answers alone: a plain prompt beside them would be lost
         raise ValueError("chosen, rejected: expected chats that share what comes before an answer")
     turns = [render_turn(one[:shared], chat[shared:], tokenizer) for chat in (one, two)]
     return turns[0][0], [response for _, response in turns]
