@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rlhf_trainer.config import (
         ConfigError,
         DataError,
+        DivergedError,
         PPOConfig,
         RewardConfig,
         SFTConfig,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from rlhf_trainer.sft import SFTResult, train_sft
 
 _MODULES = {
-    "config": "ConfigError DataError PPOConfig RewardConfig SFTConfig load_yaml",
+    "config": "ConfigError DataError DivergedError PPOConfig RewardConfig SFTConfig load_yaml",
     "data": "Demonstration Ranking comparison",
     "ppo": "PPOResult train_ppo",
     "reward": "RewardResult train_reward",
@@ -41,6 +42,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Demonstration",
+    "DivergedError",
     "PPOConfig",
     "PPOResult",
     "Ranking",

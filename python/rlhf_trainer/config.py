@@ -273,7 +273,8 @@ class PPOConfig(RunConfig):
     inner_epochs: int = 1
     """Passes over an iteration's episodes [C]."""
     rollout_batch_size: int = 128
-    """Sequences sampled or scored at once. Sets memory, as micro_batch_size does. Own."""
+    """Sequences sampled or scored at once. Sets memory; with another number other samples are drawn
+    from the same distribution. Own."""
     temperature: float = 1.0
     """Of sampling [C], and of every log-probability, that of the reference model included."""
     learning_rate: float = 9e-6

@@ -51,6 +51,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("largest probability ratio", {"ratio_max": "ratio"}),
         Panel("policy loss", {"policy_loss": "loss"}),
         Panel("value loss", {"value_loss": "loss"}),
+        Panel("mean value", {"value": "value"}),
         Panel("values' explained variance", {"explained_variance": "variance"}),
         Panel("KL coefficient", {"kl_coef": "coefficient"}),
     ),
@@ -59,6 +60,8 @@ LAST = (
     Panel("learning rate", {"lr": "rate"}),
     Panel("response tokens a step", {"tokens": "tokens"}),
     Panel("seconds a step", {"seconds": "seconds"}),
+    Panel("gradient norm", {"grad_norm": "norm"}),
+    Panel("steps skipped so far", {"skipped": "steps"}),
 )
 # The horizontal axis itself in other units, and what another number says already.
 LEFT_OUT = {"stage", "step", "epoch", "episodes", "cut"}
@@ -121,12 +124,12 @@ def draw(axes: Axes, panel: Panel, history: History) -> None:
 
 
 def limits(values: Sequence[float], share: bool) -> tuple[float, float]:
-    """Of the vertical axis: all values with a margin; of a share 0 to 1; around a constant a tenth
-    of it."""
+    """Of the vertical axis: all values with a margin; of a share, and of zeros alone, 0 to 1;
+    around a constant a tenth of it."""
     low, high = min(values), max(values)
-    if share:
+    if share or low == high == 0:
         return min(low, 0.0) - 0.04, max(high, 1.0) + 0.04
-    margin = 0.06 * (high - low) if high > low else 0.1 * abs(high) or 1.0
+    margin = 0.06 * (high - low) if high > low else 0.1 * abs(high)
     return low - margin, high + margin
 
 

@@ -203,7 +203,7 @@ def _chats(
     shared = next((k for k, (a, b) in pairs if a != b), min(len(one), len(two)) - 1)
     while shared >= 0 and not one[shared]["role"] == two[shared]["role"] == "assistant":
         shared -= 1
-    if shared < 0:
+    if shared <= 0:  # answers alone: a plain prompt beside them would be lost
         raise ValueError("chosen, rejected: expected chats that share what comes before an answer")
     turns = [render_turn(one[:shared], chat[shared:], tokenizer) for chat in (one, two)]
     return turns[0][0], [response for _, response in turns]
@@ -310,7 +310,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read after line {number}: {error}") from error
+        where = f" after line {number}" if number else ""
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read{where}: {reason}") from error
 
 
 def _given(row: dict[str, Any], key: str) -> Any:

@@ -187,7 +187,8 @@ def check_head(model: PreTrainedModel) -> None:
     model.eval()
     try:
         with torch.no_grad():
-            hidden_forward(model, torch.zeros((1, 1), dtype=torch.int64, device=model.device))
+            ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+            hidden_forward(model, ids, torch.ones_like(ids))  # without a mask transformers warns
     except TypeError as error:
         raise ConfigError(str(error)) from error
     finally:

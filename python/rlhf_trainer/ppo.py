@@ -488,18 +488,26 @@ def columns_for(reward_fn: RewardFn, prompts: Sequence[str]) -> dict[str, list[A
     """The columns of the prompts that reward_fn takes beside prompts and responses, a value a
     prompt: those it names, or all of them where it has **kwargs. A prompt without one gives None.
 
-    Raises DataError for a prompt without a column that reward_fn cannot do without.
+    Raises DataError for a prompt without a column that reward_fn cannot do without, and ConfigError
+    where it does not take the two lists of texts in that order.
     """
     try:
-        parameters = list(inspect.signature(reward_fn).parameters.values())
+        signature = inspect.signature(reward_fn)
     except ValueError:  # some callables in C have no signature
         return {}
+    parameters = list(signature.parameters.values())
     rows = [prompt.columns if isinstance(prompt, Prompt) else {} for prompt in prompts]
     known = list(dict.fromkeys(name for row in rows for name in row))
     by_place = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     by_name = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
     taken = [p.name for p in parameters if p.kind in by_place][:2]  # prompts and responses
     rest = [p for p in parameters if p.kind in by_name and p.name not in taken]
+    variadic = any(p.kind == Parameter.VAR_POSITIONAL for p in parameters)
+    if (len(taken) < 2 and not variadic) or "prompts" in taken[1:] or "responses" in taken[:1]:
+        raise ConfigError(
+            "reward_fn: expected a function whose first two parameters are prompts and responses, "
+            f"got one with {signature}"
+        )
     for name in (p.name for p in rest if p.default is Parameter.empty):
         missing = [i for i, row in enumerate(rows) if name not in row]
         if missing:
@@ -531,7 +539,7 @@ def checked_rewards(reward_fn: RewardFn, given: Any, count: int) -> Tensor:
             if isinstance(item, str | bytes):
                 raise TypeError
             numbers.append(float(item))
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError(
                 f"{name}: expected a number for response {k} of {count}, got {reprlib.repr(item)}"
             ) from None

@@ -77,7 +77,12 @@ def lock(folder: Path) -> Iterator[None]:
     another run holds it.
     """
     made, path = not folder.exists(), folder / LOCK
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(
+            f"output: expected a folder that can be made, got {folder}: {error.strerror}"
+        ) from error
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -53,7 +53,6 @@ FREE |= {"epochs", "episodes", "eval_every", "patience"}
 # ... or name what is compared by its content.
 FREE |= {"model", "tokenizer", "reward_model", "train_file", "heldout_file", "heldout_share"}
 FREE |= {"reference_file", "prompt_file", "max_prompt_tokens", "on_bad_line"}
-# Of a model's configuration: where it came from, and what transformers notes down when it saves.
 RESTORED = (
     "step",
     "kl_coef",
@@ -65,6 +64,7 @@ RESTORED = (
     "skipped",
     "history",
 )
+# Of a model's configuration: where it came from, and what transformers notes down when it saves.
 NAMES = {"_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"}
 
 
@@ -76,10 +76,16 @@ def start(config: RunConfig, ops: Sequence[str]) -> Accelerator:
     tidy(config.output)
     check_output(config)
     transformers_logging.disable_progress_bar()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=config.device == "cpu",
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            cpu=config.device == "cpu",
+        )
+    except ValueError as error:  # accelerate keeps to the first ones of a process
+        raise ConfigError(
+            "precision, device: expected those of the first run in this Python process, "
+            f"got {config.precision} and {config.device}: start this run in a new process"
+        ) from error
     check_backend(config, ops, accelerator.device.type)
     config.output.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)

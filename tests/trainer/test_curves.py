@@ -125,6 +125,12 @@ def test_shares_reach_from_zero_to_one():
         assert low < 0 and high > 1
 
 
+def test_a_count_that_stays_0_has_no_axis_below_it():
+    drawn = picture([row | {"skipped": 0} for row in sft(9)]).axes
+    (axes,) = (a for a in drawn if a.get_ylabel() == "steps skipped so far")
+    assert axes.get_ylim() == pytest.approx((-0.04, 1.04))
+
+
 def test_plot_writes_a_png_or_nothing(tmp_path):
     plot(RUNS["held out"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

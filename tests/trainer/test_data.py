@@ -254,13 +254,22 @@ def test_ranking_teaches_where_rank_and_tokens_differ(tokenizer, texts, ranks, t
     assert group.teaches is teaches
 
 
+def test_whole_chats_hold_the_prompt():
+    answers = {key: [{"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    for row in (answers, {"prompt": "lost"} | answers):
+        with pytest.raises(
+            DataError, match="expected chats that share what comes before an answer"
+        ):
+            read_rankings([row])
+
+
 def test_unreadable_files(write_lines, tmp_path):
     whole = write_lines("data.jsonl.gz", [GOOD] * 50).read_bytes()
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(whole[:-12])
     with pytest.raises(DataError, match=r"cut\.jsonl\.gz: cannot be read after line"):
         read_demonstrations(cut)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: No such file or directory$"):
         read_demonstrations(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="no examples"):
         read_demonstrations(write_lines("empty.jsonl", []))

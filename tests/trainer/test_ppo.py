@@ -441,6 +441,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
         (torch.zeros(16, 2), "expected a number for response 0 of 16, got tensor"),
         ([0.0] * 5 + [None] + [0.0] * 10, "expected a number for response 5 of 16, got None"),
         ([0.0] * 15 + ["0.5"], "expected a number for response 15 of 16, got '0.5'"),
+        ([10**400] + [0.0] * 15, "expected a number for response 0 of 16, got 1000"),
         (None, "expected 16 numbers, got None"),
         (1.0, r"expected 16 numbers, got 1\.0"),
     ],
@@ -455,6 +456,28 @@ def test_reward_fn_must_return_a_number_a_response(ppo_config, make_model, token
             config, policy=make_model(), tokenizer=tokenizer, reward_fn=judge, prompts=PROMPTS
         )
     assert (config.output / "metrics.jsonl").read_text() == ""  # before any training
+
+
+@pytest.mark.parametrize(
+    ("judge", "signature"),
+    [
+        (lambda prompts: [0.0] * 16, r"\(prompts\)"),
+        (lambda responses, prompts: [0.0] * 16, r"\(responses, prompts\)"),
+        (lambda completions, prompts, **rest: [0.0] * 16, r"\(completions, prompts, \*\*rest\)"),
+        (lambda *, prompts, responses: [0.0] * 16, r"\(\*, prompts, responses\)"),
+    ],
+)
+def test_reward_fn_must_take_prompts_and_then_responses(
+    ppo_config, make_model, tokenizer, judge, signature
+):
+    with pytest.raises(ConfigError, match=f"prompts and responses, got one with {signature}$"):
+        train_ppo(
+            ppo_config(),
+            policy=make_model(),
+            tokenizer=tokenizer,
+            reward_fn=judge,
+            prompts=PROMPTS,
+        )
 
 
 def test_reward_fn_may_return_any_kind_of_numbers(ppo_config, make_model, tokenizer):

@@ -266,6 +266,12 @@ def test_two_runs_in_one_folder_are_refused(train, tmp_path):
     train("sft", "sft")
 
 
+def test_a_folder_that_cannot_be_made_is_named(train, tmp_path):
+    (tmp_path / "sft").write_text("")
+    with pytest.raises(ConfigError, match=r"^output: expected a folder .*sft: File exists$"):
+        train("sft", "sft")
+
+
 def test_the_lock_of_a_killed_run_is_free(train, tmp_path):
     child = os.fork()
     if not child:

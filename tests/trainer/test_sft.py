@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_trainer.cli import main
 from rlhf_trainer.config import ConfigError, DataError
 from rlhf_trainer.data import Demonstration
+from rlhf_trainer.model import check_head, scratch_model
 from rlhf_trainer.sampling import respond
 from rlhf_trainer.sft import train_sft
 
@@ -324,6 +325,24 @@ def test_sft_from_files_by_the_command_line(tmp_path, write_lines, demonstration
     model = AutoModelForCausalLM.from_pretrained(output / "model")
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(output / "model"))
     assert list((output / "model").glob("*.safetensors"))
+
+
+def test_another_precision_needs_another_process(sft_config, make_model, tokenizer, demonstrations):
+    data = {"tokenizer": tokenizer, "train": demonstrations, "heldout": []}
+    train_sft(sft_config("fp32", epochs=1), model=make_model(), **data)
+    with pytest.raises(ConfigError, match=r"^precision, device: .*got bf16 and cpu: .*new process"):
+        train_sft(sft_config("bf16", epochs=1, precision="bf16"), model=make_model(), **data)
+
+
+def test_the_check_of_the_head_passes_a_mask(tokenizer):
+    """Without one transformers told every user of a scratch model that its ids may be padded."""
+    model = scratch_model("gpt2-tiny", tokenizer)
+    masks = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, options: masks.append(options["attention_mask"]), with_kwargs=True
+    )
+    check_head(model)
+    assert [mask.tolist() for mask in masks] == [[[1]]]
 
 
 def test_bf16(sft_config, make_model, tokenizer, demonstrations):
