@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -524,8 +525,8 @@ def columns_for(reward_fn: RewardFn, prompts: Sequence[str]) -> dict[str, list[A
 def checked_rewards(reward_fn: RewardFn, given: Any, count: int) -> Tensor:
     """What reward_fn returned, as float32 (count,).
 
-    Raises ValueError where that is not `count` numbers. One that is not finite is named, and stays:
-    its iteration is skipped and counted, as at any such number.
+    Raises ValueError where that is not `count` numbers. One that is not finite, or None, is named,
+    and stays as such: its iteration is skipped and counted, as at any such number.
     """
     name = f"reward_fn {getattr(reward_fn, '__name__', type(reward_fn).__name__)}"
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | dict):
@@ -538,14 +539,14 @@ def checked_rewards(reward_fn: RewardFn, given: Any, count: int) -> Tensor:
         try:
             if isinstance(item, str | bytes):
                 raise TypeError
-            numbers.append(float(item))
+            numbers.append(math.nan if item is None else float(item))
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError(
                 f"{name}: expected a number for response {k} of {count}, got {reprlib.repr(item)}"
             ) from None
     rewards = torch.tensor(numbers, dtype=torch.float64).float()
     for k in (~rewards.isfinite()).nonzero()[:1].flatten().tolist():
-        tqdm.write(f"{name}: {numbers[k]} for response {k} of {count}")
+        tqdm.write(f"{name}: {items[k]} for response {k} of {count}")
     return rewards
 
 

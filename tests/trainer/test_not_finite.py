@@ -218,7 +218,7 @@ def test_reward_that_diverges_ends_with_a_report(reward_config, make_model, toke
     assert not (config.output / "model").exists()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300, None])
 def test_ppo_skips_an_iteration_whose_score_is_not_finite(
     ppo_config, make_model, tokenizer, bad, capsys
 ):

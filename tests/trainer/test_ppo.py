@@ -439,7 +439,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     [
         ([1.0], "expected 16 numbers, one a response, got 1"),
         (torch.zeros(16, 2), "expected a number for response 0 of 16, got tensor"),
-        ([0.0] * 5 + [None] + [0.0] * 10, "expected a number for response 5 of 16, got None"),
+        ([0.0] * 5 + [{}] + [0.0] * 10, r"expected a number for response 5 of 16, got \{\}"),
         ([0.0] * 15 + ["0.5"], "expected a number for response 15 of 16, got '0.5'"),
         ([10**400] + [0.0] * 15, "expected a number for response 0 of 16, got 1000"),
         (None, "expected 16 numbers, got None"),
