@@ -149,7 +149,7 @@ def ranking_reward_loss_grad_kernel(
     share, pull = tl.load(factors), tl.load(factors + 1)
     while first < stop:
         at = first + tl.arange(0, ROWS)
-        score, _, ranked_here = _completions(scores, ranks, at, stop, TYPE)
+        score, _rank, ranked_here = _completions(scores, ranks, at, stop, TYPE)
         slope = tl.load(slopes + at, mask=at < stop, other=0.0)
         own = slope / pairs * share + pull * score.to(tl.float64)
         tl.store(grad + at, tl.where(ranked_here, own, 0.0).to(TYPE), mask=at < stop)

@@ -245,7 +245,8 @@ def test_reward_from_dicts_skipping_the_bad_ones(
     said = capsys.readouterr().out
     for result in results[1:]:
         assert same_weights(result.model, results[0].model)
-        assert result.model.bias == results[0].model.bias != 0
+    (zero,) = score_responses(results[2].model, results[2].tokenizer, ["say a"], ["a good"])
+    assert zero == pytest.approx(0, abs=1e-5)  # of the one reference that can be used
     assert "skipped 2 of 21 examples of train; the first: train[18]: rejected: expected" in said
     assert "skipped 1 of 3 examples of reference; the first: reference[1]: response: exp" in said
     assert "18 prompts, 0 held out, 1 dropped" in said
