@@ -285,7 +285,8 @@ def logprob_kl_fwd(
     out = tuple(logits.new_empty(tokens.shape, dtype=dtype) for _ in range(8))
     places = (*softmax_triton.find_rows(logits), *softmax_triton.find_rows(ref_logits))
     inputs = (*places, tokens.contiguous(), temperature, sums)
-    scalars = (vocab, chunks, ignore_index, temperature_value)
+    degrees = softmax_triton.number_in(temperature_value, logits)
+    scalars = (vocab, chunks, ignore_index, degrees)
     triton_common.launch(
         logprob_kl_sums_kernel,
         rows * chunks,
@@ -324,7 +325,7 @@ def logprob_kl_bwd(
         rows * chunks,
         *(*softmax_triton.find_rows(logits), *softmax_triton.find_rows(ref_logits), grad_logits),
         *(*grads, tokens.contiguous(), temperature, *saved),
-        *(vocab, chunks, ignore_index, temperature_value),
+        *(vocab, chunks, ignore_index, softmax_triton.number_in(temperature_value, logits)),
         ALIGNED=softmax_triton.aligned(logits, ref_logits, grad_logits),
         **softmax_triton.layout(logits),
     )

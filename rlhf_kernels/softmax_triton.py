@@ -16,6 +16,7 @@ the product is taken: at an offset of 1e4 a fused multiply-add would lose the di
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,11 @@ def find_rows(x: Tensor) -> Rows:
     (_, outer_stride), (inner, inner_stride) = ([(1, 0), (1, 0), *dims])[-2:]
     storage = x.as_strided((1,), (1,), 0) if x.numel() else x
     return Rows(storage, int(x.storage_offset()), offsets, inner, outer_stride, inner_stride)
+
+
+def number_in(value: float, logits: Tensor) -> float:
+    """The number as the C++ kernels take it, and as torch.compile hands it over in a tensor."""
+    return value if logits.dtype == torch.float64 else ctypes.c_float(value).value
 
 
 def aligned(*tensors: Tensor) -> bool:

@@ -246,7 +246,8 @@ def token_logprob_fwd(
     row_max, log_sum = (logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(2))
     entropy = torch.empty_like(row_max) if with_entropy else logits.new_empty(0, dtype=dtype)
     places = softmax_triton.find_rows(logits)
-    scalars = (vocab, chunks, count, ignore_index, temperature_value)
+    degrees = softmax_triton.number_in(temperature_value, logits)
+    scalars = (vocab, chunks, count, ignore_index, degrees)
     triton_common.launch(
         token_logprob_sums_kernel,
         rows * chunks,
@@ -304,7 +305,8 @@ def _backward(
         rows * chunks,
         *(*softmax_triton.find_rows(logits), *softmax_triton.find_rows(grad_logits), *grads),
         *(tokens, temperature, entropy, row_max, log_sum),
-        *(vocab, chunks, tokens.numel() // max(rows, 1), ignore_index, temperature_value),
+        *(vocab, chunks, tokens.numel() // max(rows, 1), ignore_index),
+        softmax_triton.number_in(temperature_value, logits),
         ALIGNED=softmax_triton.aligned(logits, grad_logits),
         **softmax_triton.layout(logits),
     )
